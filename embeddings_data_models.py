@@ -1,0 +1,522 @@
+"""The nouns of the program: tables, records and the native API's request and response models.
+
+Three sections, in the order data meets them from the outside in:
+
+1. request and response models of the native API (pydantic), which stop at `api/`;
+2. records passed between the layers (frozen dataclasses around float32 arrays);
+3. tables (SQLAlchemy), which only `storage/` reads and writes.
+
+Vectors are little-endian float32 BLOBs in the tables; the `*_json` attributes that the tables of the
+first version stored as text are read-only properties here. Knows no HTTP, no engine and no settings.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha3_256
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import (
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+def compute_text_hash(text: str) -> str:
+    """SHA3-256 of the exact UTF-8 bytes of a text, in hexadecimal. Lone surrogates raise UnicodeEncodeError."""
+    return sha3_256(text.encode("utf-8")).hexdigest()
+
+
+def compute_token_hash(text_hash: str, position: int, token: str) -> str:
+    """Identify one token inside one text: the same token elsewhere has another embedding and another hash."""
+    return sha3_256(f"{text_hash}\0{position}\0{token}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def utc_now() -> datetime:
+    """The current time with its zone; stored without it, always UTC."""
+    return datetime.now(UTC)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Requests and responses of the native API
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODEL_NAME_DESCRIPTION = (
+    "Name of the model as listed by `/get_list_of_available_model_names/`; the default model if absent."
+)
+
+
+class _Request(BaseModel):
+    # `model_name` is a field of the API; pydantic would reserve the prefix otherwise.
+    model_config = ConfigDict(protected_namespaces=(), extra="ignore")
+
+
+class EmbeddingRequest(_Request):
+    text: str = Field(description="The text to embed, exactly as it is.", examples=["I feel extremely chilly"])
+    model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+
+
+class SimilarityRequest(_Request):
+    text1: str = Field(description="The first text.", examples=["I feel extremely chilly"])
+    text2: str = Field(description="The second text.", examples=["I am so cold"])
+    model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+    similarity_measure: str = Field(
+        "cosine_similarity",
+        description="One of the measures in the table of `similarity_measures.py` and the README.",
+        examples=["cosine_similarity"],
+    )
+
+
+class SemanticSearchRequest(_Request):
+    query_text: str = Field(description="What to look for; it is embedded and kept like any text.", examples=["winter"])
+    model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+    number_of_most_similar_strings_to_return: int = Field(10, ge=1, le=10_000, description="How many results at most.")
+
+
+class FirstVersionSemanticSearchRequest(_Request):
+    """The search request as the first version of the service named its fields."""
+
+    text: str = Field(description="What to look for.", examples=["winter"])
+    model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+    number_of_most_similar_strings_to_return: int = Field(3, ge=1, le=10_000, description="How many results at most.")
+
+
+class ModelNamesResponse(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_names: list[str] = Field(examples=[["all-MiniLM-L6-v2"]])
+
+
+class AllStringsResponse(BaseModel):
+    strings: list[str] = Field(description="Each distinct text once, oldest first.", examples=[["I am so cold"]])
+
+
+class AllDocumentsResponse(BaseModel):
+    documents: list[str] = Field(description="File names, oldest first.", examples=[["sherlock_holmes.txt"]])
+
+
+class EmbeddingResponse(BaseModel):
+    embedding: list[float] = Field(description="The vector, of unit length.", examples=[[0.0183, -0.0421, 0.0674]])
+
+
+class TokenEmbedding(BaseModel):
+    token: str = Field(examples=["chilly"])
+    embedding: list[float] = Field(examples=[[0.4213, -0.1532, 0.0287]])
+
+
+class TokenLevelEmbeddingsResponse(BaseModel):
+    """`token_level_embedding_bundle` has the orientation asked for with `json_format`; `records` is shown here."""
+
+    input_text: str = Field(examples=["I feel extremely chilly"])
+    token_level_embedding_bundle: list[TokenEmbedding] | dict[str, Any] | list[Any]
+    combined_feature_vector: list[float] = Field(
+        description="Mean, minimum, maximum and standard deviation of each column of the matrix, one after the other.",
+        examples=[[0.1, -0.3, 0.5, 0.2]],
+    )
+
+
+class SimilarityResponse(BaseModel):
+    text1: str = Field(examples=["I feel extremely chilly"])
+    text2: str = Field(examples=["I am so cold"])
+    similarity_measure: str = Field(examples=["cosine_similarity"])
+    similarity_score: float = Field(examples=[0.742])
+    embedding1: list[float] = Field(examples=[[0.0183, -0.0421, 0.0674]])
+    embedding2: list[float] = Field(examples=[[0.0711, 0.0026, 0.0912]])
+
+
+class SearchResult(BaseModel):
+    search_result_text: str = Field(examples=["I am so cold"])
+    similarity_to_query_text: float = Field(description="Cosine similarity.", examples=[0.402])
+
+
+class SemanticSearchResponse(BaseModel):
+    query_text: str = Field(examples=["winter"])
+    results: list[SearchResult] = Field(description="Best first, without the query itself.")
+
+
+class MessageResponse(BaseModel):
+    message: str = Field(examples=["RAM disks are not in use, so there is nothing to clear."])
+
+
+class ErrorResponse(BaseModel):
+    """What every native endpoint answers instead of its result when something is wrong."""
+
+    detail: str = Field(description="What was wrong and what to do.", examples=["Unknown similarity measure 'cosin'."])
+    code: str = Field(description="Stable name of the failure.", examples=["invalid_request_error"])
+    field: str | None = Field(None, description="The parameter at fault.", examples=["similarity_measure"])
+    index: int | None = Field(None, description="Position in a list at fault.", examples=[None])
+    request_id: str | None = Field(None, description="The reply's `x-request-id`.", examples=["7f9c2ba4e88f827d"])
+
+
+class HealthResponse(BaseModel):
+    status: str = Field(examples=["alive"])
+
+
+class ReadyResponse(BaseModel):
+    status: str = Field(examples=["ready"])
+    model_name: str = Field(examples=["all-MiniLM-L6-v2"])
+    embedding_seconds: float = Field(description="Time of the real embedding made for this answer.", examples=[0.004])
+
+    model_config = ConfigDict(protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStamp:
+    """Who asked and when; travels with what a request causes to be stored."""
+
+    ip_address: str | None = None
+    request_time: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class NewEmbedding:
+    """One text's embedding on its way into the store. `vector`: float32 (n_dims,)."""
+
+    text: str
+    text_hash: str
+    model_name: str
+    recipe: str
+    vector: np.ndarray
+    n_tokens: int
+    n_tokens_dropped: int
+    stamp: RequestStamp
+    response_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEmbedding:
+    """One text's embedding as the store holds it. `vector`: float32 (n_dims,), read-only."""
+
+    row_id: int
+    text_hash: str
+    vector: np.ndarray
+    n_tokens: int
+    n_tokens_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokenLevelBundle:
+    """All token embeddings of one text. `matrix`: float32 (n_tokens, n_dims); `feature_vector`: float32 (4 n_dims,)."""
+
+    text: str
+    text_hash: str
+    model_name: str
+    recipe: str
+    tokens: tuple[str, ...]
+    matrix: np.ndarray
+    feature_vector: np.ndarray
+    n_tokens_dropped: int
+    stamp: RequestStamp
+    response_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTokenLevelBundle:
+    """A bundle as the store holds it; shapes as in NewTokenLevelBundle."""
+
+    row_id: int
+    text_hash: str
+    tokens: tuple[str, ...]
+    matrix: np.ndarray
+    feature_vector: np.ndarray
+    n_tokens_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence of a document with its provenance.
+
+    `page` counts from 1 and is None where the format has no pages; `start` and `end` are character
+    offsets into the document's extracted text.
+    """
+
+    text: str
+    page: int | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewDocument:
+    """A document whose sentences are all stored already. `embedding_row_ids[i]` belongs to `sentences[i]`."""
+
+    filename: str
+    mimetype: str
+    file_hash: str
+    file_data: bytes | None
+    model_name: str
+    recipe: str
+    segmentation: str
+    sentences: tuple[Sentence, ...]
+    embedding_row_ids: tuple[int, ...]
+    stamp: RequestStamp
+    response_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document found again: its sentences and their vectors, float32 (n_sentences, n_dims)."""
+
+    row_id: int
+    filename: str
+    sentences: tuple[Sentence, ...]
+    vectors: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingGroup:
+    """Rows that are comparable with each other, and so share one index."""
+
+    model_name: str
+    recipe: str
+    n_rows: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Float32Vector(TypeDecorator[np.ndarray]):
+    """A one-dimensional float32 array as a little-endian BLOB."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_bind_param(self, value: np.ndarray | None, dialect: Any) -> bytes | None:
+        return None if value is None else np.ascontiguousarray(value, dtype="<f4").tobytes()
+
+    def process_result_value(self, value: bytes | None, dialect: Any) -> np.ndarray | None:
+        return None if value is None else np.frombuffer(value, dtype="<f4")
+
+
+class Base(DeclarativeBase):
+    """Common ancestor of the tables."""
+
+
+class _RequestTimes:
+    """Columns that say who caused a row and how long it took."""
+
+    ip_address: Mapped[str | None] = mapped_column(String)
+    request_time: Mapped[datetime | None] = mapped_column(DateTime)
+    response_time: Mapped[datetime | None] = mapped_column(DateTime)
+    total_time: Mapped[float | None] = mapped_column(Float)
+
+
+def _vector_json(vector: np.ndarray) -> str:
+    return json.dumps([float(str(component)) for component in vector])
+
+
+class TextEmbedding(_RequestTimes, Base):
+    """One text's embedding by one model and one recipe."""
+
+    __tablename__ = "embeddings"
+    __table_args__ = (
+        UniqueConstraint("text_hash", "model_name", "recipe", name="_text_hash_model_uc"),
+        Index("ix_embeddings_model_name_recipe", "model_name", "recipe"),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+    text_hash: Mapped[str] = mapped_column(String(64))
+    model_name: Mapped[str] = mapped_column(String)
+    recipe: Mapped[str] = mapped_column(String(16))
+    embedding: Mapped[np.ndarray] = mapped_column(Float32Vector)
+    n_tokens: Mapped[int] = mapped_column(Integer)
+    n_tokens_dropped: Mapped[int] = mapped_column(Integer, default=0)
+    document_id: Mapped[int | None] = mapped_column(ForeignKey("document_embeddings.id", ondelete="SET NULL"))
+
+    document: Mapped[DocumentEmbedding | None] = relationship()
+
+    @property
+    def embedding_json(self) -> str:
+        """The vector as the JSON text that the first version stored."""
+        return _vector_json(self.embedding)
+
+
+class Document(_RequestTimes, Base):
+    """A file that was taken in, told apart by its bytes, its name and the model used on it."""
+
+    __tablename__ = "documents"
+    __table_args__ = (UniqueConstraint("document_hash", "model_name", "filename", name="_document_hash_model_uc"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    filename: Mapped[str] = mapped_column(String)
+    mimetype: Mapped[str] = mapped_column(String)
+    model_name: Mapped[str] = mapped_column(String, index=True)
+    document_hash: Mapped[str] = mapped_column(String(64), index=True)
+
+    document_embeddings: Mapped[list[DocumentEmbedding]] = relationship(back_populates="document")
+
+
+class DocumentEmbedding(_RequestTimes, Base):
+    """A document's sentences as one recipe and one segmentation made them."""
+
+    __tablename__ = "document_embeddings"
+    __table_args__ = (
+        UniqueConstraint("file_hash", "model_name", "recipe", "segmentation", "filename", name="_file_hash_model_uc"),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id", ondelete="CASCADE"), index=True)
+    filename: Mapped[str] = mapped_column(String)
+    mimetype: Mapped[str] = mapped_column(String)
+    file_hash: Mapped[str] = mapped_column(String(64))
+    model_name: Mapped[str] = mapped_column(String, index=True)
+    recipe: Mapped[str] = mapped_column(String(16))
+    segmentation: Mapped[str] = mapped_column(String)
+    file_data: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
+
+    document: Mapped[Document] = relationship(back_populates="document_embeddings")
+    sentences: Mapped[list[DocumentSentence]] = relationship(order_by="DocumentSentence.position")
+
+    @property
+    def document_embedding_results_json(self) -> str:
+        """Sentences and vectors as the JSON text that the first version stored."""
+        return json.dumps(
+            [
+                {"text": sentence.embedding.text, "embedding": json.loads(sentence.embedding.embedding_json)}
+                for sentence in self.sentences
+            ]
+        )
+
+
+class DocumentSentence(Base):
+    """Where in a document a stored text stands; a text may stand in many documents, and more than once in one."""
+
+    __tablename__ = "document_sentences"
+
+    document_embedding_id: Mapped[int] = mapped_column(
+        ForeignKey("document_embeddings.id", ondelete="CASCADE"), primary_key=True
+    )
+    position: Mapped[int] = mapped_column(Integer, primary_key=True)
+    embedding_id: Mapped[int] = mapped_column(ForeignKey("embeddings.id", ondelete="CASCADE"), index=True)
+    page: Mapped[int | None] = mapped_column(Integer)
+    start: Mapped[int] = mapped_column(Integer)
+    end: Mapped[int] = mapped_column(Integer)
+
+    embedding: Mapped[TextEmbedding] = relationship()
+
+
+class TokenLevelEmbeddingBundle(_RequestTimes, Base):
+    """All token embeddings of one text, as one row-major matrix."""
+
+    __tablename__ = "token_level_embedding_bundles"
+    __table_args__ = (UniqueConstraint("input_text_hash", "model_name", "recipe", name="_input_text_hash_model_uc"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    input_text: Mapped[str] = mapped_column(Text)
+    input_text_hash: Mapped[str] = mapped_column(String(64))
+    model_name: Mapped[str] = mapped_column(String, index=True)
+    recipe: Mapped[str] = mapped_column(String(16))
+    n_tokens: Mapped[int] = mapped_column(Integer)
+    n_tokens_dropped: Mapped[int] = mapped_column(Integer, default=0)
+    embeddings: Mapped[np.ndarray] = mapped_column(Float32Vector)
+
+    token_level_embeddings: Mapped[list[TokenLevelEmbedding]] = relationship(
+        back_populates="token_level_embedding_bundle", order_by="TokenLevelEmbedding.position"
+    )
+    combined_feature_vector: Mapped[TokenLevelEmbeddingBundleCombinedFeatureVector | None] = relationship(
+        back_populates="token_level_embedding_bundle"
+    )
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """float32 (n_tokens, n_dims)."""
+        return self.embeddings.reshape(self.n_tokens, -1)
+
+    @property
+    def token_level_embeddings_bundle_json(self) -> str:
+        """Tokens and vectors as the JSON text that the first version stored."""
+        return json.dumps(
+            [
+                {"token": row.token, "embedding": json.loads(row.token_level_embedding_json)}
+                for row in self.token_level_embeddings
+            ]
+        )
+
+
+class TokenLevelEmbedding(_RequestTimes, Base):
+    """One token of one text; its vector is row `position` of the bundle's matrix, so it is not stored twice."""
+
+    __tablename__ = "token_level_embeddings"
+    __table_args__ = (UniqueConstraint("token_hash", "model_name", "recipe", name="_token_hash_model_uc"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    token: Mapped[str] = mapped_column(Text)
+    token_hash: Mapped[str] = mapped_column(String(64))
+    position: Mapped[int] = mapped_column(Integer)
+    model_name: Mapped[str] = mapped_column(String)
+    recipe: Mapped[str] = mapped_column(String(16))
+    token_level_embedding_bundle_id: Mapped[int] = mapped_column(
+        ForeignKey("token_level_embedding_bundles.id", ondelete="CASCADE"), index=True
+    )
+
+    token_level_embedding_bundle: Mapped[TokenLevelEmbeddingBundle] = relationship(
+        back_populates="token_level_embeddings"
+    )
+
+    @property
+    def token_level_embedding_json(self) -> str:
+        """The token's vector as the JSON text that the first version stored."""
+        return _vector_json(self.token_level_embedding_bundle.matrix[self.position])
+
+
+class TokenLevelEmbeddingBundleCombinedFeatureVector(Base):
+    """Column-wise mean, minimum, maximum and standard deviation of a bundle's matrix, float32 (4 n_dims,).
+
+    The hash covers the text's hash as well as the vector: an uncased model gives "Cold" and "cold" the same
+    vector, and both must be storable.
+    """
+
+    __tablename__ = "token_level_embedding_bundle_combined_feature_vectors"
+    __table_args__ = (
+        UniqueConstraint(
+            "combined_feature_vector_hash", "model_name", "recipe", name="_combined_feature_vector_hash_model_uc"
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    token_level_embedding_bundle_id: Mapped[int] = mapped_column(
+        ForeignKey("token_level_embedding_bundles.id", ondelete="CASCADE"), unique=True
+    )
+    model_name: Mapped[str] = mapped_column(String, index=True)
+    recipe: Mapped[str] = mapped_column(String(16))
+    combined_feature_vector: Mapped[np.ndarray] = mapped_column(Float32Vector)
+    combined_feature_vector_hash: Mapped[str] = mapped_column(String(64))
+
+    token_level_embedding_bundle: Mapped[TokenLevelEmbeddingBundle] = relationship(
+        back_populates="combined_feature_vector"
+    )
+
+    @property
+    def combined_feature_vector_json(self) -> str:
+        """The vector as the JSON text that the first version stored."""
+        return _vector_json(self.combined_feature_vector)
+
+
+def compute_combined_feature_vector(matrix: np.ndarray) -> np.ndarray:
+    """Summarise token embeddings float32 (n_tokens, n_dims) as mean, minimum, maximum, standard deviation: (4 n_dims,).
+
+    The standard deviation is the population's (divided by n), so that it is 0, not NaN, for a single token.
+    """
+    columns = (matrix.mean(axis=0), matrix.min(axis=0), matrix.max(axis=0), matrix.std(axis=0))
+    return np.concatenate(columns).astype(np.float32)

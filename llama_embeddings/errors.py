@@ -1,0 +1,160 @@
+"""Every way the service can fail, as a class; knows nothing of HTTP.
+
+A class carries a stable `code` (what a program matches on) and a message that names what was
+wrong and what to do (what a person reads). `api/error_responses.py` maps the classes to statuses
+and to each dialect's body; a class that is not in its table falls back to its nearest parent's row.
+
+    ServiceError
+    ├── InvalidInput                 the caller's own mistake
+    │   ├── ContextLengthExceeded    longer than the model's window, and truncation was refused
+    │   ├── UnsupportedMeasure
+    │   ├── RequestTooLarge
+    │   ├── UnsupportedDocumentType
+    │   └── UnreadableDocument       the right type, but damaged, encrypted or without text
+    ├── NotFound
+    │   └── ModelNotFound
+    ├── InvalidToken
+    ├── Unavailable                  worth retrying later; carries `retry_after_seconds`
+    │   ├── Overloaded
+    │   ├── ModelLoading
+    │   ├── ShuttingDown
+    │   ├── StoreBusy
+    │   └── StoreFull
+    ├── InferenceFailed              the engine gave no usable vector for this text
+    ├── ModelUnusable                a model file that cannot or must not be loaded
+    ├── DownloadFailed
+    ├── ConfigurationError           stops the start, names the setting
+    └── StoreUnusable                a database that must not be touched (newer version, corrupt)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ServiceError(Exception):
+    """Root of every failure the service knows.
+
+    `field` and `index` locate the fault in the request where that is possible: the name of the
+    parameter and, for a list, the position in it.
+    """
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, field: str | None = None, index: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.index = index
+
+
+class InvalidInput(ServiceError):
+    code = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidInput):
+    code = "context_length_exceeded"
+
+    def __init__(self, *, n_tokens: int, limit: int, index: int | None = None, field: str | None = None) -> None:
+        where = "The text" if index is None else f"Text {index}"
+        super().__init__(
+            f"{where} has {n_tokens} tokens, the model takes at most {limit}. Shorten it, or ask for truncation.",
+            field=field,
+            index=index,
+        )
+        self.n_tokens = n_tokens
+        self.limit = limit
+
+
+class UnsupportedMeasure(InvalidInput):
+    def __init__(self, measure: str, known: Sequence[str]) -> None:
+        super().__init__(
+            f"Unknown similarity measure {measure!r}. Known: {', '.join(known)}.", field="similarity_measure"
+        )
+
+
+class RequestTooLarge(InvalidInput):
+    code = "request_too_large"
+
+
+class UnsupportedDocumentType(InvalidInput):
+    code = "unsupported_document_type"
+
+
+class UnreadableDocument(InvalidInput):
+    code = "unreadable_document"
+
+
+class NotFound(ServiceError):
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+    def __init__(self, model_name: str, known: Sequence[str]) -> None:
+        listing = ", ".join(known) if known else "none yet"
+        super().__init__(f"The model {model_name!r} is not available. Known models: {listing}.", field="model_name")
+        self.model_name = model_name
+        self.known = tuple(known)
+
+
+class InvalidToken(ServiceError):
+    code = "invalid_api_key"
+
+
+class Unavailable(ServiceError):
+    """Nothing is wrong with the request; it may succeed after `retry_after_seconds`."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class ModelLoading(Unavailable):
+    code = "model_loading"
+
+
+class ShuttingDown(Unavailable):
+    code = "shutting_down"
+
+
+class StoreBusy(Unavailable):
+    """Another process kept the database locked beyond all retries."""
+
+    code = "store_busy"
+
+
+class StoreFull(Unavailable):
+    """The database cannot be written: no room on the disk, or a read-only place."""
+
+    code = "store_not_writable"
+
+
+class InferenceFailed(ServiceError):
+    code = "inference_failed"
+
+
+class ModelUnusable(ServiceError):
+    code = "model_unusable"
+
+
+class DownloadFailed(ServiceError):
+    code = "download_failed"
+
+
+class ConfigurationError(ServiceError):
+    code = "configuration_error"
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message, field=setting)
+
+
+class StoreUnusable(ServiceError):
+    code = "store_unusable"
