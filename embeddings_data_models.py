@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 from hashlib import sha3_256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,12 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy import text as sql_text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+RECIPE_FAMILY_LENGTH = 16
+RECIPE_RULE_SEPARATOR = ":"
 
 
 def compute_text_hash(text: str) -> str:
@@ -48,6 +55,15 @@ def compute_token_hash(text_hash: str, position: int, token: str) -> str:
 def utc_now() -> datetime:
     """The current time with its zone; stored without it, always UTC."""
     return datetime.now(UTC)
+
+
+class Truncation(StrEnum):
+    """What happens to a text that is longer than the model's window."""
+
+    REFUSE = "refuse"
+    RIGHT = "right"  # the end is cut off
+    LEFT = "left"  # the beginning is cut off
+    SPLIT = "split"  # computed in parts, combined by their token-weighted mean
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +83,11 @@ class _Request(BaseModel):
 class EmbeddingRequest(_Request):
     text: str = Field(description="The text to embed, exactly as it is.", examples=["I feel extremely chilly"])
     model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+    truncation: Truncation | None = Field(
+        None,
+        description="What to do with a text longer than the model's window; the setting TRUNCATION if absent.",
+        examples=["refuse"],
+    )
 
 
 class SimilarityRequest(_Request):
@@ -184,6 +205,49 @@ class RequestStamp:
 
     ip_address: str | None = None
     request_time: datetime = field(default_factory=utc_now)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model file that can be loaded. `digest` is the SHA-256 of its bytes, in hexadecimal.
+
+    `sidecar` is where measurements of this file are kept; it may be absent and may be unwritable.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    size_in_bytes: int
+    sidecar: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a vector is made; only vectors made the same way are comparable.
+
+    `family` is the digest of what two comparable vectors share. A text that had to be cut or split to fit the
+    window gets the rule appended: it must not be taken for the whole text's vector, but is found by the same
+    search. So a wider window, set later, leaves every stored vector of a text that fitted valid.
+    """
+
+    model_digest: str
+    pooling: str
+    prompt: str = ""
+    normalisation: str = "l2"
+
+    @property
+    def family(self) -> str:
+        parts = "\0".join((self.model_digest, self.pooling, self.normalisation, self.prompt))
+        return sha3_256(parts.encode("utf-8")).hexdigest()[:RECIPE_FAMILY_LENGTH]
+
+    def for_cut_text(self, truncation: str, window: int) -> str:
+        """The recipe of a text longer than the window under a truncation rule."""
+        return f"{self.family}{RECIPE_RULE_SEPARATOR}{truncation}{window}"
+
+
+def recipe_family(recipe: str) -> str:
+    """The part of a recipe that comparable vectors share."""
+    return recipe.split(RECIPE_RULE_SEPARATOR, 1)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,13 +396,22 @@ class TextEmbedding(_RequestTimes, Base):
     __table_args__ = (
         UniqueConstraint("text_hash", "model_name", "recipe", name="_text_hash_model_uc"),
         Index("ix_embeddings_model_name_recipe", "model_name", "recipe"),
+        # Only rows that a document brought: without it, forgetting a document would read every row of the table.
+        Index(
+            "ix_embeddings_document_id",
+            "document_id",
+            sqlite_where=sql_text("document_id IS NOT NULL"),
+            postgresql_where=sql_text("document_id IS NOT NULL"),
+        ),
+        # Ids of deleted rows are never given out again: the indexes know rows by their id.
+        {"sqlite_autoincrement": True},
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     text: Mapped[str] = mapped_column(Text)
     text_hash: Mapped[str] = mapped_column(String(64))
     model_name: Mapped[str] = mapped_column(String)
-    recipe: Mapped[str] = mapped_column(String(16))
+    recipe: Mapped[str] = mapped_column(String)
     embedding: Mapped[np.ndarray] = mapped_column(Float32Vector)
     n_tokens: Mapped[int] = mapped_column(Integer)
     n_tokens_dropped: Mapped[int] = mapped_column(Integer, default=0)
@@ -373,6 +446,7 @@ class DocumentEmbedding(_RequestTimes, Base):
     __tablename__ = "document_embeddings"
     __table_args__ = (
         UniqueConstraint("file_hash", "model_name", "recipe", "segmentation", "filename", name="_file_hash_model_uc"),
+        {"sqlite_autoincrement": True},
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -381,8 +455,10 @@ class DocumentEmbedding(_RequestTimes, Base):
     mimetype: Mapped[str] = mapped_column(String)
     file_hash: Mapped[str] = mapped_column(String(64))
     model_name: Mapped[str] = mapped_column(String, index=True)
-    recipe: Mapped[str] = mapped_column(String(16))
+    recipe: Mapped[str] = mapped_column(String)
     segmentation: Mapped[str] = mapped_column(String)
+    # Tells a document whose sentences are all there from one that lost some when a text was forgotten.
+    n_sentences: Mapped[int] = mapped_column(Integer)
     file_data: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
     document: Mapped[Document] = relationship(back_populates="document_embeddings")
@@ -420,13 +496,16 @@ class TokenLevelEmbeddingBundle(_RequestTimes, Base):
     """All token embeddings of one text, as one row-major matrix."""
 
     __tablename__ = "token_level_embedding_bundles"
-    __table_args__ = (UniqueConstraint("input_text_hash", "model_name", "recipe", name="_input_text_hash_model_uc"),)
+    __table_args__ = (
+        UniqueConstraint("input_text_hash", "model_name", "recipe", name="_input_text_hash_model_uc"),
+        {"sqlite_autoincrement": True},
+    )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     input_text: Mapped[str] = mapped_column(Text)
     input_text_hash: Mapped[str] = mapped_column(String(64))
     model_name: Mapped[str] = mapped_column(String, index=True)
-    recipe: Mapped[str] = mapped_column(String(16))
+    recipe: Mapped[str] = mapped_column(String)
     n_tokens: Mapped[int] = mapped_column(Integer)
     n_tokens_dropped: Mapped[int] = mapped_column(Integer, default=0)
     embeddings: Mapped[np.ndarray] = mapped_column(Float32Vector)
@@ -458,14 +537,17 @@ class TokenLevelEmbedding(_RequestTimes, Base):
     """One token of one text; its vector is row `position` of the bundle's matrix, so it is not stored twice."""
 
     __tablename__ = "token_level_embeddings"
-    __table_args__ = (UniqueConstraint("token_hash", "model_name", "recipe", name="_token_hash_model_uc"),)
+    __table_args__ = (
+        UniqueConstraint("token_hash", "model_name", "recipe", name="_token_hash_model_uc"),
+        {"sqlite_autoincrement": True},
+    )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     token: Mapped[str] = mapped_column(Text)
     token_hash: Mapped[str] = mapped_column(String(64))
     position: Mapped[int] = mapped_column(Integer)
     model_name: Mapped[str] = mapped_column(String)
-    recipe: Mapped[str] = mapped_column(String(16))
+    recipe: Mapped[str] = mapped_column(String)
     token_level_embedding_bundle_id: Mapped[int] = mapped_column(
         ForeignKey("token_level_embedding_bundles.id", ondelete="CASCADE"), index=True
     )
@@ -499,7 +581,7 @@ class TokenLevelEmbeddingBundleCombinedFeatureVector(Base):
         ForeignKey("token_level_embedding_bundles.id", ondelete="CASCADE"), unique=True
     )
     model_name: Mapped[str] = mapped_column(String, index=True)
-    recipe: Mapped[str] = mapped_column(String(16))
+    recipe: Mapped[str] = mapped_column(String)
     combined_feature_vector: Mapped[np.ndarray] = mapped_column(Float32Vector)
     combined_feature_vector_hash: Mapped[str] = mapped_column(String(64))
 

@@ -23,13 +23,16 @@ and to each dialect's body; a class that is not in its table falls back to its n
     ├── InferenceFailed              the engine gave no usable vector for this text
     ├── ModelUnusable                a model file that cannot or must not be loaded
     ├── DownloadFailed
+    ├── RamdiskFailed
     ├── ConfigurationError           stops the start, names the setting
     └── StoreUnusable                a database that must not be touched (newer version, corrupt)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 
 class ServiceError(Exception):
@@ -47,6 +50,13 @@ class ServiceError(Exception):
         self.field = field
         self.index = index
 
+    def located(self, *, field: str | None, index: int | None) -> Self:
+        """The same failure, placed in one caller's request; a shared computation knows no positions."""
+        copied = copy.copy(self)
+        copied.field = field
+        copied.index = index
+        return copied
+
 
 class InvalidInput(ServiceError):
     code = "invalid_request_error"
@@ -55,12 +65,9 @@ class InvalidInput(ServiceError):
 class ContextLengthExceeded(InvalidInput):
     code = "context_length_exceeded"
 
-    def __init__(self, *, n_tokens: int, limit: int, index: int | None = None, field: str | None = None) -> None:
-        where = "The text" if index is None else f"Text {index}"
+    def __init__(self, *, n_tokens: int, limit: int) -> None:
         super().__init__(
-            f"{where} has {n_tokens} tokens, the model takes at most {limit}. Shorten it, or ask for truncation.",
-            field=field,
-            index=index,
+            f"The text has {n_tokens} tokens, the model takes at most {limit}. Shorten it, or ask for truncation."
         )
         self.n_tokens = n_tokens
         self.limit = limit
@@ -147,6 +154,10 @@ class ModelUnusable(ServiceError):
 
 class DownloadFailed(ServiceError):
     code = "download_failed"
+
+
+class RamdiskFailed(ServiceError):
+    code = "ramdisk_failed"
 
 
 class ConfigurationError(ServiceError):

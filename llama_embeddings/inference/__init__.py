@@ -1,0 +1,1 @@
+"""From token ids to vectors: one engine per loaded model, fed by a batcher, run by llama.cpp."""

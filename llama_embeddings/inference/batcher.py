@@ -1,0 +1,403 @@
+"""Packs texts of many callers into passes over the model and hands each its result.
+
+The unit is one tokenised text (`Job`); a caller hands in a group of them and awaits all results. Workers, each
+a thread with a context of its own, take from one queue:
+
+- a pass closes at the token budget, at the context's sequence limit or when the queue is empty; an idle
+  engine never waits for company;
+- groups are served in turn, one text each, so that one text never waits behind the whole of a long document;
+- a lone text on an idle engine gets all cores on one context, which halves its latency; under load each context
+  computes on one thread, which is faster than threads that wait for each other at every step.
+
+A pass that fails is retried text by text once; each text gets its own result or its own error, and the worker goes
+on. Knows neither tokenising nor pooling rules beyond calling them, nor models, caches or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llama_embeddings.errors import InferenceFailed, Overloaded, ServiceError, ShuttingDown
+from llama_embeddings.inference.backend import Context, Pooling
+from llama_embeddings.inference.pooling import pool_rows
+
+logger = logging.getLogger(__name__)
+
+# How fast a measured rate forgets: each pass counts for this share of the estimate.
+RATE_SMOOTHING = 0.1
+# Retry-After stays between these, whatever the estimate says.
+MIN_RETRY_AFTER_SECONDS = 1.0
+MAX_RETRY_AFTER_SECONDS = 120.0
+# So many groups are asked in vain for a text that fits the rest of a pass, before it is closed.
+MAX_PASSED_OVER = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tokenised text, special tokens included: int32 (n,). `wants_rows` asks for its token embeddings too."""
+
+    tokens: np.ndarray
+    wants_rows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """`vector`: float32 (n_dims,), pooled, not normalised; `rows`: float32 (n_tokens, n_dims) if asked for."""
+
+    vector: np.ndarray
+    rows: np.ndarray | None
+    queue_seconds: float
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherLimits:
+    """How much goes into a pass, and how much may wait."""
+
+    n_workers: int
+    n_threads_per_worker: int
+    token_budget: int
+    n_threads_for_lone_text: int
+    max_texts_in_flight: int
+    max_queued_tokens: int
+
+
+@dataclass(slots=True)
+class BatcherCounters:
+    """What `/metrics` and tests read; written under the queue's lock."""
+
+    n_passes: int = 0
+    n_texts: int = 0
+    n_tokens: int = 0
+    n_failed_texts: int = 0
+    n_skipped_texts: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The jobs of one caller. `waiting` holds the positions not yet taken, shortest first."""
+
+    jobs: Sequence[Job]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[list[JobResult | ServiceError]]
+    arrived: float
+    waiting: list[int]
+    results: list[JobResult | ServiceError | None]
+    n_open: int
+    cancelled: bool = False
+
+    def take_fitting(self, room: int) -> int | None:
+        """Take out the longest job of at most `room` tokens."""
+        place = bisect_right(self.waiting, room, key=lambda position: len(self.jobs[position].tokens))
+        return self.waiting.pop(place - 1) if place else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One job inside a pass."""
+
+    group: _Group
+    position: int
+
+    @property
+    def job(self) -> Job:
+        return self.group.jobs[self.position]
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What waits and what is being computed; every field is read and written under `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    groups: deque[_Group] = field(default_factory=deque)
+    n_texts: int = 0
+    n_tokens: int = 0
+    n_texts_in_flight: int = 0
+    n_busy_workers: int = 0
+    stopping: bool = False
+    tokens_per_second: float = 0.0
+
+
+class Batcher:
+    """The queue in front of one model and the threads that work it off."""
+
+    def __init__(self, open_context: Callable[[], Context], *, pooling: Pooling, limits: BatcherLimits) -> None:
+        self._pooling = pooling
+        self._limits = limits
+        self._queue = _Queue()
+        self._contexts = [open_context() for _ in range(limits.n_workers)]
+        self.counters = BatcherCounters()
+        self.failure: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=self._work, args=(context,), name=f"embedding-worker-{number}", daemon=True)
+            for number, context in enumerate(self._contexts)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- the callers' side, on the event loop --------------------------------------------------------------------
+
+    async def compute(self, jobs: Sequence[Job]) -> list[JobResult | ServiceError]:
+        """Compute all jobs; the answer has one result or one error per job, in order.
+
+        Raises Overloaded if too much is waiting already and ShuttingDown after `stop`.
+        """
+        if not jobs:
+            return []
+        group = self._make_group(jobs)
+        self._enqueue(group)
+        try:
+            return await group.future
+        except asyncio.CancelledError:
+            self._withdraw(group)
+            raise
+
+    def _make_group(self, jobs: Sequence[Job]) -> _Group:
+        loop = asyncio.get_running_loop()
+        shortest_first = sorted(range(len(jobs)), key=lambda position: len(jobs[position].tokens))
+        return _Group(
+            jobs=jobs,
+            loop=loop,
+            future=loop.create_future(),
+            arrived=time.monotonic(),
+            waiting=shortest_first,
+            results=[None] * len(jobs),
+            n_open=len(jobs),
+        )
+
+    def _enqueue(self, group: _Group) -> None:
+        n_tokens = sum(len(job.tokens) for job in group.jobs)
+        queue = self._queue
+        with queue.changed:
+            self._check_admission()
+            queue.groups.append(group)
+            queue.n_texts += len(group.jobs)
+            queue.n_tokens += n_tokens
+            queue.changed.notify(min(len(group.jobs), len(self._threads)))
+
+    def _check_admission(self) -> None:
+        if self.failure is not None:
+            raise InferenceFailed("The engine of this model has stopped; the log has the reason.")
+        if self._queue.stopping:
+            raise ShuttingDown("The server is shutting down.", retry_after_seconds=5.0)
+        if self._queue.n_tokens >= self._limits.max_queued_tokens:
+            raise Overloaded(
+                f"{self._queue.n_texts} texts ({self._queue.n_tokens} tokens) are waiting already; try again later.",
+                retry_after_seconds=self._estimate_wait(),
+            )
+
+    def _estimate_wait(self) -> float:
+        rate = self._queue.tokens_per_second
+        seconds = self._queue.n_tokens / rate if rate else MIN_RETRY_AFTER_SECONDS
+        return min(max(seconds, MIN_RETRY_AFTER_SECONDS), MAX_RETRY_AFTER_SECONDS)
+
+    def _withdraw(self, group: _Group) -> None:
+        with self._queue.changed:
+            group.cancelled = True
+            if group in self._queue.groups:
+                self._queue.groups.remove(group)
+                self._forget_waiting(group)
+
+    def _forget_waiting(self, group: _Group) -> None:
+        self._queue.n_texts -= len(group.waiting)
+        self._queue.n_tokens -= sum(len(group.jobs[position].tokens) for position in group.waiting)
+        self.counters.n_skipped_texts += len(group.waiting)
+        group.waiting.clear()
+
+    @property
+    def n_queued_texts(self) -> int:
+        return self._queue.n_texts
+
+    @property
+    def n_queued_tokens(self) -> int:
+        return self._queue.n_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Measured over the last passes; 0 before the first."""
+        return self._queue.tokens_per_second
+
+    def stop(self, *, timeout_seconds: float) -> None:
+        """Finish what waits, answer what is left with ShuttingDown, end the threads, close the contexts.
+
+        Blocks; call it from a thread other than the event loop's.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._queue.changed:
+            self._queue.stopping = True
+            self._queue.changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._answer_waiting(ShuttingDown("The server is shutting down.", retry_after_seconds=5.0))
+        for thread in self._threads:
+            # At most one pass is still running on each; its context must not be freed under it.
+            thread.join()
+        for context in self._contexts:
+            context.close()
+        self._contexts.clear()
+
+    def _answer_waiting(self, error: ServiceError) -> None:
+        with self._queue.changed:
+            groups = list(self._queue.groups)
+            self._queue.groups.clear()
+            self._queue.n_texts = self._queue.n_tokens = 0
+        for group in groups:
+            for position in group.waiting:
+                group.results[position] = error
+            self._settle(group, len(group.waiting))
+            group.waiting.clear()
+
+    # -- the workers' side ---------------------------------------------------------------------------------------
+
+    def _work(self, context: Context) -> None:
+        try:
+            while (taken := self._wait_for_pass(context)) is not None:
+                entries, n_threads = taken
+                try:
+                    self._run_pass(context, entries, n_threads)
+                finally:
+                    self._finish_pass(entries)
+        except BaseException as error:  # the last resort of a thread: nobody above would see it
+            logger.exception("An embedding worker ended; its model answers with errors from now on")
+            self.failure = error
+            self._answer_waiting(InferenceFailed("The engine of this model has stopped; the log has the reason."))
+
+    def _wait_for_pass(self, context: Context) -> tuple[list[_Entry], int] | None:
+        queue = self._queue
+        with queue.changed:
+            while True:
+                entries = self._take(context)
+                if entries:
+                    break
+                if queue.stopping and not queue.groups:
+                    return None
+                queue.changed.wait()
+            is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and not queue.groups
+            queue.n_busy_workers += 1
+            queue.n_texts_in_flight += len(entries)
+        return entries, self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
+
+    def _take(self, context: Context) -> list[_Entry]:
+        """Fill a pass from the groups in turn; those with nothing that fits come first in the next pass."""
+        queue = self._queue
+        room = self._room_for_pass(context)
+        places = min(context.max_sequences, self._limits.max_texts_in_flight - queue.n_texts_in_flight)
+        entries: list[_Entry] = []
+        passed_over: list[_Group] = []
+        while queue.groups and len(entries) < places and len(passed_over) < MAX_PASSED_OVER:
+            group = queue.groups.popleft()
+            # The first text of a pass may be longer than the budget: the budget is for company.
+            position = group.take_fitting(room if entries else context.max_tokens)
+            if position is None:
+                passed_over.append(group)
+                continue
+            entries.append(_Entry(group, position))
+            room -= len(group.jobs[position].tokens)
+            if group.waiting:
+                queue.groups.append(group)
+        queue.groups.extendleft(reversed(passed_over))
+        queue.n_texts -= len(entries)
+        queue.n_tokens -= sum(len(entry.job.tokens) for entry in entries)
+        return entries
+
+    def _room_for_pass(self, context: Context) -> int:
+        """The token budget, or a fair share of what waits if that is less and other workers have nothing to do."""
+        n_idle = max(1, len(self._threads) - self._queue.n_busy_workers)
+        return min(self._limits.token_budget, context.max_tokens, math.ceil(self._queue.n_tokens / n_idle))
+
+    def _finish_pass(self, entries: Sequence[_Entry]) -> None:
+        with self._queue.changed:
+            self._queue.n_busy_workers -= 1
+            self._queue.n_texts_in_flight -= len(entries)
+            if self._queue.groups:
+                self._queue.changed.notify()
+
+    def _run_pass(self, context: Context, entries: Sequence[_Entry], n_threads: int) -> None:
+        started = time.monotonic()
+        try:
+            outcomes = self._compute_results(context, entries, n_threads, started)
+        except InferenceFailed as error:
+            logger.warning("A pass of %d texts failed (%s); retrying them one by one", len(entries), error)
+            outcomes = [self._retry_alone(context, entry, started) for entry in entries]
+        self._count_pass(entries, outcomes, time.monotonic() - started, started)
+        self._hand_over(entries, outcomes)
+
+    def _compute_results(
+        self, context: Context, entries: Sequence[_Entry], n_threads: int, started: float
+    ) -> list[JobResult | ServiceError]:
+        sequences = [entry.job.tokens for entry in entries]
+        computed = context.compute(sequences, n_threads=n_threads)
+        lengths = [len(sequence) for sequence in sequences]
+        is_ranked = self._pooling is Pooling.RANK
+        n_expected = len(sequences) if is_ranked else sum(lengths)
+        if len(computed) != n_expected:
+            raise InferenceFailed(f"The engine gave {len(computed)} rows where {n_expected} were expected.")
+        vectors = computed if is_ranked else pool_rows(computed, lengths, self._pooling)
+        usable = np.isfinite(vectors).all(axis=1) & (is_ranked | vectors.any(axis=1))
+        compute_seconds = time.monotonic() - started
+        ends = np.cumsum(lengths)
+        return [
+            JobResult(
+                vector=vectors[i],
+                rows=computed[ends[i] - lengths[i] : ends[i]].copy() if entry.job.wants_rows else None,
+                queue_seconds=started - entry.group.arrived,
+                compute_seconds=compute_seconds,
+            )
+            if usable[i]
+            else InferenceFailed("The model gave a vector that is not finite or is all zeros for this text.")
+            for i, entry in enumerate(entries)
+        ]
+
+    def _retry_alone(self, context: Context, entry: _Entry, started: float) -> JobResult | ServiceError:
+        try:
+            return self._compute_results(context, [entry], self._limits.n_threads_per_worker, started)[0]
+        except InferenceFailed as error:
+            return error
+
+    def _count_pass(
+        self, entries: Sequence[_Entry], outcomes: Sequence[JobResult | ServiceError], seconds: float, started: float
+    ) -> None:
+        n_tokens = sum(len(entry.job.tokens) for entry in entries)
+        with self._queue.changed:
+            counters = self.counters
+            counters.n_passes += 1
+            counters.n_texts += len(entries)
+            counters.n_tokens += n_tokens
+            counters.n_failed_texts += sum(isinstance(outcome, ServiceError) for outcome in outcomes)
+            counters.queue_seconds += sum(started - entry.group.arrived for entry in entries)
+            counters.compute_seconds += seconds
+            rate = n_tokens / seconds * self._queue.n_busy_workers
+            known = self._queue.tokens_per_second
+            self._queue.tokens_per_second = known + RATE_SMOOTHING * (rate - known) if known else rate
+
+    def _hand_over(self, entries: Sequence[_Entry], outcomes: Sequence[JobResult | ServiceError]) -> None:
+        settled: dict[_Group, int] = {}
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            entry.group.results[entry.position] = outcome
+            settled[entry.group] = settled.get(entry.group, 0) + 1
+        for group, count in settled.items():
+            self._settle(group, count)
+
+    def _settle(self, group: _Group, count: int) -> None:
+        with self._queue.changed:
+            group.n_open -= count
+            is_complete = group.n_open == 0 and not group.cancelled
+        if is_complete:
+            group.loop.call_soon_threadsafe(_answer, group)
+
+
+def _answer(group: _Group) -> None:
+    if not group.future.done():
+        group.future.set_result([result for result in group.results if result is not None])

@@ -1,0 +1,147 @@
+"""One loaded model, ready to answer: text in, unit vectors (and token embeddings) out.
+
+Tokenises, applies the window and its truncation rule, hands the tokens to the batcher, pools the parts of split
+texts, normalises. A text that cannot be embedded is refused here, before it enters the queue, so that it cannot fail
+its neighbours. Knows nothing of stores, recipes or prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from embeddings_data_models import Truncation
+from llama_embeddings.errors import ContextLengthExceeded, InferenceFailed, InvalidInput, ServiceError
+from llama_embeddings.inference.backend import LoadedModel, ModelInfo, Pooling
+from llama_embeddings.inference.batcher import Batcher, BatcherLimits, Job, JobResult
+from llama_embeddings.inference.pooling import combine_parts, normalise
+
+# Tokenising this many characters takes about a millisecond; more is done on a thread, off the event loop.
+MAX_CHARACTERS_TOKENISED_INLINE = 20_000
+STOP_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedText:
+    """A text as token ids, int32 (n,) per part; one part unless it had to be split."""
+
+    parts: tuple[np.ndarray, ...]
+    n_tokens_dropped: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens computed, the special ones included."""
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it went into the window as it is, so that the truncation rule had no part in it."""
+        return len(self.parts) == 1 and self.n_tokens_dropped == 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    """`vector`: float32 (n_dims,) of unit length. `tokens` and `rows`, float32 (n_tokens, n_dims), if asked for."""
+
+    vector: np.ndarray
+    n_tokens: int
+    n_tokens_dropped: int
+    queue_seconds: float
+    compute_seconds: float
+    tokens: tuple[str, ...] = ()
+    rows: np.ndarray | None = None
+
+
+class EmbeddingEngine:
+    """A loaded model with its batcher. Closing it gives all of its memory back."""
+
+    def __init__(self, model: LoadedModel, limits: BatcherLimits) -> None:
+        self._model = model
+        self.batcher = Batcher(model.open_context, pooling=model.info.pooling, limits=limits)
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._model.info
+
+    async def prepare(self, texts: Sequence[str], truncation: Truncation) -> list[PreparedText | InvalidInput]:
+        """Tokenise all texts; one prepared text or one refusal per text, in order."""
+        if sum(map(len, texts)) > MAX_CHARACTERS_TOKENISED_INLINE:
+            return await asyncio.to_thread(self._prepare_all, texts, truncation)
+        return self._prepare_all(texts, truncation)
+
+    def _prepare_all(self, texts: Sequence[str], truncation: Truncation) -> list[PreparedText | InvalidInput]:
+        return [self._prepare(text, truncation) for text in texts]
+
+    def _prepare(self, text: str, truncation: Truncation) -> PreparedText | InvalidInput:
+        body = self._model.tokenize(text)
+        room = self.info.room_for_text
+        if len(body) == 0:
+            return InvalidInput("The text has no tokens besides special ones; send some words.")
+        if len(body) <= room:
+            return PreparedText((self._dress(body),), 0)
+        if truncation is Truncation.REFUSE:
+            return ContextLengthExceeded(n_tokens=len(body) + self.info.window - room, limit=self.info.window)
+        if truncation is Truncation.SPLIT:
+            starts = range(0, len(body), room)
+            return PreparedText(tuple(self._dress(body[start : start + room]) for start in starts), 0)
+        kept = body[:room] if truncation is Truncation.RIGHT else body[-room:]
+        return PreparedText((self._dress(kept),), len(body) - room)
+
+    def _dress(self, body: np.ndarray) -> np.ndarray:
+        """Put the model's special tokens around; a cut text keeps its closing one."""
+        return np.concatenate(
+            (self.info.prefix_tokens, body, self.info.suffix_tokens), dtype=np.int32, casting="unsafe"
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, the special ones included, without fitting it into the window."""
+        return len(self._model.tokenize(text)) + self.info.window - self.info.room_for_text
+
+    def tokenize(self, text: str) -> tuple[list[int], list[str]]:
+        """Ids and texts of the tokens, the special ones included."""
+        tokens = self._dress(self._model.tokenize(text))
+        return tokens.tolist(), self._model.token_texts(tokens)
+
+    async def embed(
+        self, texts: Sequence[PreparedText], *, wants_rows: bool = False
+    ) -> list[EngineResult | ServiceError]:
+        """Compute prepared texts; one result or one error per text, in order. Raises Overloaded, ShuttingDown."""
+        if self.info.pooling is Pooling.RANK:
+            raise InvalidInput(
+                f"The model {self.info.name!r} is a reranker: it scores pairs and gives no embeddings. "
+                "Choose an embedding model.",
+                field="model_name",
+            )
+        if not texts:
+            return []
+        jobs = [Job(part, wants_rows) for text in texts for part in text.parts]
+        outcomes = iter(await self.batcher.compute(jobs))
+        return [self._combine(text, [next(outcomes) for _ in text.parts]) for text in texts]
+
+    def _combine(self, text: PreparedText, outcomes: Sequence[JobResult | ServiceError]) -> EngineResult | ServiceError:
+        results = [outcome for outcome in outcomes if isinstance(outcome, JobResult)]
+        if len(results) < len(outcomes):
+            return next(outcome for outcome in outcomes if isinstance(outcome, ServiceError))
+        lengths = [len(part) for part in text.parts]
+        vectors = np.stack([result.vector for result in results])
+        vector = normalise(combine_parts(vectors, lengths)[None])[0]
+        if not np.isfinite(vector).all():
+            return InferenceFailed("The model gave a vector without a direction for this text.")
+        rows = [result.rows for result in results if result.rows is not None]
+        return EngineResult(
+            vector=vector,
+            n_tokens=text.n_tokens,
+            n_tokens_dropped=text.n_tokens_dropped,
+            queue_seconds=max(result.queue_seconds for result in results),
+            compute_seconds=sum(result.compute_seconds for result in results),
+            tokens=tuple(self._model.token_texts(np.concatenate(text.parts))) if rows else (),
+            rows=np.concatenate(rows) if rows else None,
+        )
+
+    def close(self) -> None:
+        """Drain the queue, end the threads, free the model. Blocks; call it on a thread."""
+        self.batcher.stop(timeout_seconds=STOP_TIMEOUT_SECONDS)
+        self._model.close()

@@ -1,0 +1,234 @@
+"""Keeps loaded models: loads each once, however many ask at the same time, and lets the least recently used go.
+
+A model in use is never unloaded: users hold a lease. Facts of models that were loaded once are remembered, so that a
+text found in the store needs no model in memory. Does not know where model files come from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import platform
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embeddings_data_models import ModelFile
+from llama_embeddings.errors import ModelLoading
+from llama_embeddings.inference.backend import Backend, LoadedModel, ModelInfo, Pooling
+from llama_embeddings.inference.batcher import BatcherLimits
+from llama_embeddings.inference.calibration import Calibration, calibrate
+from llama_embeddings.inference.engine import EmbeddingEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the user may fix; 0 means: measure it."""
+
+    max_window: int
+    is_parallel: bool
+    max_texts_in_flight: int
+    max_queued_tokens: int
+    n_workers: int = 0
+    n_threads_per_worker: int = 0
+    token_budget: int = 0
+    calibration_seconds: float = 2.0
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A loaded model and how many are using it."""
+
+    engine: EmbeddingEngine
+    digest: str
+    n_users: int = 0
+
+
+class ModelCache:
+    """At most `max_loaded_models` engines, most recently used last."""
+
+    def __init__(
+        self, backend: Backend, options: EngineOptions, *, max_loaded_models: int, max_memory_in_bytes: int = 0
+    ) -> None:
+        self._backend = backend
+        self._options = options
+        self._max_loaded_models = max_loaded_models
+        self._max_memory_in_bytes = max_memory_in_bytes
+        self._slots: OrderedDict[str, _Slot] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[_Slot]] = {}
+        self._known_infos: dict[tuple[str, str], ModelInfo] = {}
+
+    @asynccontextmanager
+    async def lease(self, file: ModelFile, pooling: Pooling | None = None) -> AsyncIterator[EmbeddingEngine]:
+        """Use a model, loading it if it is not in memory. Raises ModelUnusable, ModelLoading."""
+        slot = self._slots.get(file.name)
+        if slot is None or slot.digest != file.digest:
+            slot = await self._load_once(file, pooling)
+        slot.n_users += 1
+        self._slots.move_to_end(file.name)
+        try:
+            yield slot.engine
+        finally:
+            slot.n_users -= 1
+
+    async def info(self, file: ModelFile, pooling: Pooling | None = None) -> ModelInfo:
+        """Facts about a model; loads it only if it was never loaded before."""
+        known = self._known_infos.get((file.name, file.digest))
+        if known is None:
+            async with self.lease(file, pooling) as engine:
+                known = engine.info
+        return known
+
+    def loaded(self) -> list[EmbeddingEngine]:
+        """The engines in memory, least recently used first."""
+        return [slot.engine for slot in self._slots.values()]
+
+    def is_loading(self, name: str) -> bool:
+        return name in self._loading
+
+    async def _load_once(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
+        task = self._loading.get(file.name)
+        if task is None:
+            task = asyncio.create_task(self._load(file, pooling), name=f"load {file.name}")
+            self._loading[file.name] = task
+            task.add_done_callback(lambda _: self._loading.pop(file.name, None))
+        # A caller that goes away must not stop the load for the others.
+        return await asyncio.shield(task)
+
+    async def _load(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
+        await self._unload_replaced(file)
+        await self._make_room(file.size_in_bytes)
+        engine = await asyncio.to_thread(self._open_engine, file, pooling)
+        for warning in engine.info.warnings:
+            logger.warning("Model %s: %s", file.name, warning)
+        slot = _Slot(engine, file.digest)
+        self._slots[file.name] = slot
+        self._known_infos[(file.name, file.digest)] = engine.info
+        return slot
+
+    async def _unload_replaced(self, file: ModelFile) -> None:
+        slot = self._slots.get(file.name)
+        if slot is not None:
+            if slot.n_users:
+                raise ModelLoading(f"The file of {file.name!r} was replaced while in use; try again in a moment.")
+            await self.unload(file.name)
+
+    async def _make_room(self, size_in_bytes: int) -> None:
+        while self._is_over_limit(size_in_bytes):
+            unused = next((name for name, slot in self._slots.items() if slot.n_users == 0), None)
+            if unused is None:
+                raise ModelLoading("All loaded models are in use and no other may be loaded; try again in a moment.")
+            logger.info("Unloading %s to make room", unused)
+            await self.unload(unused)
+
+    def _is_over_limit(self, size_in_bytes: int) -> bool:
+        if not self._slots:
+            return False
+        in_use = sum(slot.engine.info.size_in_bytes for slot in self._slots.values())
+        is_over_memory = bool(self._max_memory_in_bytes) and in_use + size_in_bytes > self._max_memory_in_bytes
+        return len(self._slots) >= self._max_loaded_models or is_over_memory
+
+    async def unload(self, name: str) -> bool:
+        """Free a model; False if it was not loaded. Texts that wait for it are finished first."""
+        slot = self._slots.pop(name, None)
+        if slot is None:
+            return False
+        await asyncio.to_thread(slot.engine.close)
+        return True
+
+    async def close(self) -> None:
+        """Wait for loads under way, then free everything."""
+        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        for name in list(self._slots):
+            await self.unload(name)
+
+    def _open_engine(self, file: ModelFile, pooling: Pooling | None) -> EmbeddingEngine:
+        options = self._options
+        model = self._backend.load(
+            file.path, name=file.name, digest=file.digest, max_window=options.max_window, pooling=pooling
+        )
+        try:
+            return EmbeddingEngine(model, choose_limits(options, lambda: find_calibration(file, model, options)))
+        except BaseException:
+            model.close()
+            raise
+
+
+def choose_limits(options: EngineOptions, measure: Any) -> BatcherLimits:
+    """What the user fixed, completed by measurements; one text after the other if parallel inference is off."""
+    n_cores = count_cores()
+    if not options.is_parallel:
+        return BatcherLimits(1, n_cores, 1, n_cores, 1, options.max_queued_tokens)
+    is_fixed = options.n_workers and options.n_threads_per_worker and options.token_budget
+    measured: Calibration = Calibration(1, 1, 256, n_cores, 0.0) if is_fixed else measure()
+    return BatcherLimits(
+        n_workers=options.n_workers or measured.n_workers,
+        n_threads_per_worker=options.n_threads_per_worker or measured.n_threads_per_worker,
+        token_budget=options.token_budget or measured.token_budget,
+        n_threads_for_lone_text=measured.n_threads_for_lone_text,
+        max_texts_in_flight=options.max_texts_in_flight,
+        max_queued_tokens=options.max_queued_tokens,
+    )
+
+
+def count_cores() -> int:
+    """Cores this process may use: its affinity, further limited by a container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(allowed, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return allowed  # no control groups, or no quota ("max")
+
+
+def find_calibration(file: ModelFile, model: LoadedModel, options: EngineOptions) -> Calibration:
+    """The calibration kept beside the model for this file and this machine, or a new one, kept from now on."""
+    key = f"{file.digest} {_describe_processor()} {count_cores()} cores, window {model.info.window}"
+    kept = _read_sidecar(file.sidecar)
+    known = kept.get(key)
+    if known is not None:
+        return Calibration(**known)
+    measured = calibrate(
+        model.open_context,
+        n_vocabulary=model.info.n_vocabulary,
+        n_cores=count_cores(),
+        seconds=options.calibration_seconds,
+    )
+    logger.info("Calibrated %s: %s", file.name, measured)
+    _write_sidecar(file.sidecar, {**kept, key: asdict(measured)})
+    return measured
+
+
+def _describe_processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_sidecar(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(path)
+    except OSError as error:
+        logger.warning("Measurements of %s cannot be kept (%s); they are repeated at the next start", path.name, error)
