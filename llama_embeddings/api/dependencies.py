@@ -1,0 +1,83 @@
+"""What handlers ask for in their signatures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query, Request
+
+from embeddings_data_models import RequestStamp
+from llama_embeddings.services.container import Services
+from llama_embeddings.services.contents import ContentsService
+from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.search import SearchService
+from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+
+
+def get_services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+_Services = Annotated[Services, Depends(get_services)]
+
+
+def _stamp(
+    request: Request,
+    client_ip: Annotated[
+        str | None, Query(max_length=64, description="Address to note as the caller's, instead of the connection's.")
+    ] = None,
+) -> RequestStamp:
+    connected = request.client.host if request.client is not None else None
+    return RequestStamp(ip_address=client_ip or connected)
+
+
+Stamp = Annotated[RequestStamp, Depends(_stamp)]
+ModelName = Annotated[str | None, Query(description="Only of this model; of all models if absent.")]
+Limit = Annotated[int | None, Query(ge=1, description="How many at most; all if absent.")]
+Offset = Annotated[int, Query(ge=0, description="How many to leave out first.")]
+JsonFormat = Annotated[
+    Literal["records", "split", "index", "columns", "values", "table"],
+    Query(description="Orientation of the rows, as in pandas' `to_json`."),
+]
+ReplyAs = Annotated[Literal["json", "zip"], Query(description="JSON in the reply's body, or a zip file that holds it.")]
+
+
+def _models(services: _Services) -> ModelService:
+    return services.models
+
+
+def _contents(services: _Services) -> ContentsService:
+    return services.contents
+
+
+def _embeddings(services: _Services) -> EmbeddingService:
+    return services.embeddings
+
+
+def _token_embeddings(services: _Services) -> TokenEmbeddingService:
+    return services.token_embeddings
+
+
+def _documents(services: _Services) -> DocumentService:
+    return services.documents
+
+
+def _search(services: _Services) -> SearchService:
+    return services.search
+
+
+def _similarity(services: _Services) -> SimilarityService:
+    return services.similarity
+
+
+Models = Annotated[ModelService, Depends(_models)]
+Contents = Annotated[ContentsService, Depends(_contents)]
+Embeddings = Annotated[EmbeddingService, Depends(_embeddings)]
+TokenEmbeddings = Annotated[TokenEmbeddingService, Depends(_token_embeddings)]
+Documents = Annotated[DocumentService, Depends(_documents)]
+Search = Annotated[SearchService, Depends(_search)]
+Similarities = Annotated[SimilarityService, Depends(_similarity)]

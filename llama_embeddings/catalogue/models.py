@@ -1,0 +1,149 @@
+"""Which model files exist and where they lie, on disk or on the RAM disk.
+
+Any GGUF in the models directory is a model by its file's stem. Names match exactly. A file is checked and its digest
+taken before it is handed out for loading. Loads nothing itself and knows no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ramdisk_functions
+from embeddings_data_models import ModelFile
+from llama_embeddings.catalogue.default_model import MODEL_NAME as DEFAULT_MODEL_NAME
+from llama_embeddings.catalogue.default_model import get_default_model
+from llama_embeddings.catalogue.gguf_check import check_gguf
+from llama_embeddings.errors import ModelNotFound, ModelUnusable, RamdiskFailed
+
+logger = logging.getLogger(__name__)
+
+# Two texts, the cosine similarity of their float32 embeddings by the model's own reference implementation, and how
+# far a quantised file may be from it.
+KNOWN_SIMILARITIES = {DEFAULT_MODEL_NAME: ("I feel extremely chilly", "I am so cold", 0.742, 0.03)}
+
+
+@dataclass(frozen=True, slots=True)
+class RamdiskOptions:
+    """Where the RAM disk is to be and how large."""
+
+    path: Path
+    size_in_gb: float
+
+
+class Catalogue:
+    """The models of one directory."""
+
+    def __init__(self, models_directory: Path, *, ramdisk: RamdiskOptions | None = None) -> None:
+        self._directory = models_directory
+        self._ramdisk = ramdisk
+        self._files: dict[str, tuple[tuple[int, int], ModelFile]] = {}
+
+    def names(self) -> list[str]:
+        """Stems of the GGUF files that are there."""
+        return sorted(path.stem for path in self._directory.glob("*.gguf") if path.is_file())
+
+    def get_missing_default_model(self, name: str) -> None:
+        """Make or fetch the model that every start needs, if it is not there. Blocks. Raises DownloadFailed."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if name not in self.names() and name == DEFAULT_MODEL_NAME:
+            get_default_model(self._directory, progress=logger.info)
+
+    async def find(self, name: str) -> ModelFile:
+        """The file of a model. Raises ModelNotFound and, for a file that must not be loaded, ModelUnusable."""
+        path = self._directory / f"{name}.gguf"
+        if name not in self.names():
+            raise ModelNotFound(name, self.names())
+        stamp = _file_stamp(path)
+        known = self._files.get(name)
+        if known is None or known[0] != stamp:
+            known = (stamp, await asyncio.to_thread(self._examine, name, path, stamp))
+            self._files[name] = known
+        return self._on_ramdisk(known[1])
+
+    def _examine(self, name: str, path: Path, stamp: tuple[int, int]) -> ModelFile:
+        check_gguf(path)
+        sidecar = path.with_name(path.name + ".measured.json")
+        return ModelFile(name, path, _find_digest(path, stamp), stamp[0], sidecar)
+
+    def _on_ramdisk(self, file: ModelFile) -> ModelFile:
+        """The same model, from memory if it was copied there."""
+        if self._ramdisk is None:
+            return file
+        try:
+            copy = ramdisk_functions.find_model_on_ramdisk(self._ramdisk.path, file.path.name)
+        except ramdisk_functions.RamdiskError:
+            return file
+        if copy is None or copy.stat().st_size != file.size_in_bytes:
+            return file
+        return ModelFile(file.name, copy, file.digest, file.size_in_bytes, file.sidecar)
+
+    def known_similarity(self, name: str) -> tuple[str, str, float, float] | None:
+        """Two texts, their similarity by this model and its tolerance, where they are known."""
+        return KNOWN_SIMILARITIES.get(name)
+
+    def set_up_ramdisk(self) -> None:
+        """Mount the RAM disk and copy the models; on any difficulty go on without it, with a warning. Blocks."""
+        if self._ramdisk is None:
+            return
+        try:
+            if not ramdisk_functions.check_that_user_has_required_permissions_to_manage_ramdisks():
+                raise ramdisk_functions.RamdiskError("this user may not mount file systems (root or `sudo -n` needed)")
+            ramdisk_functions.setup_ramdisk(self._ramdisk.path, self._ramdisk.size_in_gb)
+        except ramdisk_functions.RamdiskError as error:
+            logger.warning("Going on without a RAM disk, models are loaded from disk: %s", error)
+            self._ramdisk = None
+            return
+        try:
+            copied = ramdisk_functions.copy_models_to_ramdisk(self._directory, self._ramdisk.path)
+            logger.info("%d models lie on the RAM disk %s", len(copied), self._ramdisk.path)
+        except ramdisk_functions.RamdiskError as error:
+            logger.warning("Not every model is on the RAM disk; the others are loaded from disk: %s", error)
+
+    def clear_ramdisk(self) -> str:
+        """Remove the models from memory and unmount; says what was done. Blocks."""
+        if self._ramdisk is None:
+            return "RAM disks are not in use, so there is nothing to clear."
+        try:
+            cleared = ramdisk_functions.clear_ramdisk(self._ramdisk.path)
+        except ramdisk_functions.RamdiskError as error:
+            raise RamdiskFailed(f"The RAM disk could not be cleared: {error}") from error
+        self._ramdisk = None
+        return f"The RAM disk is cleared: {cleared.freed_bytes} bytes freed. Models are loaded from disk from now on."
+
+
+def _file_stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelUnusable(f"The model file {path.name} cannot be read ({error.strerror}).") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def _find_digest(path: Path, stamp: tuple[int, int]) -> str:
+    """SHA-256 of a file, kept beside it: reading a large model again at every start takes longer than loading it."""
+    kept_at = path.with_name(path.name + ".sha256.json")
+    try:
+        kept = json.loads(kept_at.read_text())
+        if (kept["size_in_bytes"], kept["mtime_ns"]) == stamp:
+            return str(kept["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there yet, or not ours
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _keep_digest(kept_at, {"sha256": digest, "size_in_bytes": stamp[0], "mtime_ns": stamp[1]})
+    return digest
+
+
+def _keep_digest(path: Path, content: dict[str, str | int]) -> None:
+    partial = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(content))
+        partial.replace(path)
+    except OSError as error:
+        logger.info("The digest cannot be kept beside the model (%s)", error.strerror)

@@ -1,0 +1,1 @@
+"""What the server can do; the only place where store, engine, index, documents and measures meet."""

@@ -1,0 +1,26 @@
+"""All services of a running server, as one value that handlers get theirs from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_embeddings.services.contents import ContentsService
+from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.search import SearchService
+from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Made once at the start, by `llama_embeddings_server`."""
+
+    models: ModelService
+    contents: ContentsService
+    embeddings: EmbeddingService
+    token_embeddings: TokenEmbeddingService
+    documents: DocumentService
+    search: SearchService
+    similarity: SimilarityService

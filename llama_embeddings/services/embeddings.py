@@ -1,0 +1,252 @@
+"""Embeddings of texts: found in memory or in the store, or computed now and kept.
+
+A text is looked for under the recipe of whole texts. Only what is in nobody's hands yet is tokenised, computed,
+committed and indexed, in this order, before anybody gets the answer. A text longer than the window follows the
+truncation rule and is kept under a recipe of its own, so that a cut text's vector is never taken for the whole one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from embeddings_data_models import (
+    NewEmbedding,
+    Recipe,
+    RequestStamp,
+    StoredEmbedding,
+    Truncation,
+    compute_text_hash,
+    recipe_family,
+    utc_now,
+)
+from llama_embeddings.errors import ServiceError
+from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
+from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
+from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.single_flight import Flight, SingleFlight
+from llama_embeddings.services.texts import TextLimits, check_texts
+from llama_embeddings.storage.store import EmbeddingStore
+from llama_embeddings.vectors.index import VectorIndexes
+
+
+class Source(StrEnum):
+    """Where an answer came from."""
+
+    MEMORY = "memory"
+    STORE = "store"
+    COMPUTED = "computed"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingAnswer:
+    """One text's embedding and how it came about. `vector`: float32 (n_dims,) of unit length."""
+
+    embedding: StoredEmbedding
+    source: Source
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def vector(self) -> np.ndarray:
+        return self.embedding.vector
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is the same for all texts of a request."""
+
+    model_name: str
+    recipe: Recipe
+    truncation: Truncation
+    stamp: RequestStamp
+
+
+# Text hash, model name, recipe family, truncation: the outcome of a long text depends on the last.
+_FlightKey = tuple[str, str, str, Truncation]
+_Outcome = EmbeddingAnswer | ServiceError
+
+
+class EmbeddingService:
+    """The one way to an embedding, for every endpoint and dialect."""
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        models: ModelService,
+        indexes: VectorIndexes,
+        memory: EmbeddingMemoryCache,
+        *,
+        limits: TextLimits,
+        default_truncation: Truncation,
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._indexes = indexes
+        self._memory = memory
+        self._limits = limits
+        self._default_truncation = default_truncation
+        self._flights: SingleFlight[_FlightKey, _Outcome] = SingleFlight()
+        self.n_answers = dict.fromkeys(Source, 0)
+
+    async def get_or_compute(
+        self,
+        texts: Sequence[str],
+        *,
+        model_name: str | None = None,
+        truncation: Truncation | None = None,
+        stamp: RequestStamp | None = None,
+        field: str = "text",
+    ) -> list[EmbeddingAnswer]:
+        """Embeddings of all texts, in order. Equal texts are looked up and computed once.
+
+        Raises the first text's error with its index, after the others have been computed and kept: InvalidInput,
+        ContextLengthExceeded, RequestTooLarge, ModelNotFound, Overloaded, StoreBusy and their like.
+        """
+        hashes = check_texts(texts, self._limits, field=field)
+        return await self._answer(texts, hashes, model_name, truncation, stamp, field)
+
+    async def get_or_compute_sentences(
+        self, texts: Sequence[str], *, model_name: str, stamp: RequestStamp
+    ) -> list[EmbeddingAnswer]:
+        """The same for parts of a document, which are bounded by the limits of documents, not of requests."""
+        hashes = [compute_text_hash(text) for text in texts]
+        return await self._answer(texts, hashes, model_name, Truncation.REFUSE, stamp, "file")
+
+    async def _answer(
+        self,
+        texts: Sequence[str],
+        hashes: Sequence[str],
+        model_name: str | None,
+        truncation: Truncation | None,
+        stamp: RequestStamp | None,
+        field: str,
+    ) -> list[EmbeddingAnswer]:
+        task = _Task(
+            model_name=self._models.resolve(model_name),
+            recipe=await self._models.recipe(model_name),
+            truncation=truncation or self._default_truncation,
+            stamp=stamp or RequestStamp(),
+        )
+        outcomes = await self._get_all(dict(zip(hashes, texts, strict=True)), task)
+        is_list = len(texts) != 1
+        answers = []
+        for index, text_hash in enumerate(hashes):
+            outcome = outcomes[text_hash]
+            if isinstance(outcome, ServiceError):
+                raise outcome.located(field=field, index=index if is_list else None)
+            answers.append(outcome)
+            self.n_answers[outcome.source] += 1
+        return answers
+
+    async def _get_all(self, texts: dict[str, str], task: _Task) -> dict[str, _Outcome]:
+        outcomes: dict[str, _Outcome] = {}
+        missing: list[_FlightKey] = []
+        for text_hash in texts:
+            remembered = self._memory.get((text_hash, task.model_name, task.recipe.family))
+            if remembered is not None:
+                outcomes[text_hash] = EmbeddingAnswer(remembered, Source.MEMORY)
+            else:
+                missing.append((text_hash, task.model_name, task.recipe.family, task.truncation))
+        if missing:
+            found = await self._flights.run(missing, lambda flight: self._fly(flight, texts, task))
+            outcomes.update({key[0]: outcome for key, outcome in found.items()})
+        return outcomes
+
+    async def _fly(self, flight: Flight[_FlightKey, _Outcome], texts: dict[str, str], task: _Task) -> dict:
+        """Find or compute what this flight was started for; the answers are committed and indexed."""
+        wanted = {key[0]: texts[key[0]] for key in flight.keys}
+        outcomes: dict[str, _Outcome] = dict(await self._find_stored(list(wanted), task, task.recipe.family))
+        unknown = {text_hash: text for text_hash, text in wanted.items() if text_hash not in outcomes}
+        if unknown:
+            async with self._models.lease(task.model_name) as engine:
+                outcomes |= await self._compute(engine, unknown, task, flight)
+        return {key: outcomes[key[0]] for key in flight.keys}
+
+    async def _find_stored(self, hashes: list[str], task: _Task, recipe: str) -> dict[str, EmbeddingAnswer]:
+        found = await self._store.find_embeddings(hashes, task.model_name, recipe) if hashes else {}
+        for text_hash, embedding in found.items():
+            self._memory.put((text_hash, task.model_name, recipe), embedding)
+        return {text_hash: EmbeddingAnswer(embedding, Source.STORE) for text_hash, embedding in found.items()}
+
+    async def _compute(
+        self, engine: EmbeddingEngine, texts: dict[str, str], task: _Task, flight: Flight[_FlightKey, _Outcome]
+    ) -> dict[str, _Outcome]:
+        prepared = dict(zip(texts, await engine.prepare(list(texts.values()), task.truncation), strict=True))
+        outcomes: dict[str, _Outcome] = {
+            text_hash: outcome for text_hash, outcome in prepared.items() if isinstance(outcome, ServiceError)
+        }
+        ready = {text_hash: text for text_hash, text in prepared.items() if isinstance(text, PreparedText)}
+        cut_recipe = task.recipe.for_cut_text(task.truncation, engine.info.window)
+        cut = [text_hash for text_hash, text in ready.items() if not text.is_whole]
+        outcomes |= await self._find_stored(cut, task, cut_recipe)
+        ready = {text_hash: text for text_hash, text in ready.items() if text_hash not in outcomes}
+        results = dict(zip(ready, await engine.embed(list(ready.values())), strict=True))
+        outcomes |= {text_hash: result for text_hash, result in results.items() if isinstance(result, ServiceError)}
+        rows = [
+            self._make_row(texts[text_hash], text_hash, ready[text_hash], result, task, cut_recipe)
+            for text_hash, result in results.items()
+            if isinstance(result, EngineResult)
+        ]
+        flight.make_final()
+        kept = await self._keep(rows)
+        for text_hash, embedding in kept.items():
+            result = results[text_hash]
+            assert isinstance(result, EngineResult)
+            outcomes[text_hash] = EmbeddingAnswer(
+                embedding, Source.COMPUTED, result.queue_seconds, result.compute_seconds
+            )
+        return outcomes
+
+    def _make_row(
+        self, text: str, text_hash: str, prepared: PreparedText, result: EngineResult, task: _Task, cut_recipe: str
+    ) -> NewEmbedding:
+        return NewEmbedding(
+            text=text,
+            text_hash=text_hash,
+            model_name=task.model_name,
+            recipe=task.recipe.family if prepared.is_whole else cut_recipe,
+            vector=result.vector,
+            n_tokens=result.n_tokens,
+            n_tokens_dropped=result.n_tokens_dropped,
+            stamp=task.stamp,
+            response_time=utc_now(),
+        )
+
+    async def _keep(self, rows: Sequence[NewEmbedding]) -> dict[str, StoredEmbedding]:
+        """Commit, index, remember."""
+        if not rows:
+            return {}
+        row_ids = await self._store.add_embeddings(rows)
+        vectors = np.stack([row.vector for row in rows])
+        self._indexes.add(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
+        kept = {}
+        for row_id, row in zip(row_ids, rows, strict=True):
+            embedding = StoredEmbedding(row_id, row.text_hash, row.vector, row.n_tokens, row.n_tokens_dropped)
+            self._memory.put((row.text_hash, row.model_name, row.recipe), embedding)
+            kept[row.text_hash] = embedding
+        return kept
+
+    async def drain(self, *, timeout_seconds: float) -> None:
+        """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""
+        await self._flights.drain(timeout_seconds=timeout_seconds)
+
+
+async def load_indexes(store: EmbeddingStore, indexes: VectorIndexes, *, rows_per_read: int = 50_000) -> int:
+    """Fill the indexes from the stored rows; returns how many there were."""
+    count = 0
+    for group in await store.embedding_groups():
+        after_row_id = 0
+        while True:
+            row_ids, vectors = await store.read_vectors(
+                group.model_name, group.recipe, after_row_id=after_row_id, limit=rows_per_read
+            )
+            if len(row_ids) == 0:
+                break
+            indexes.add(group.model_name, recipe_family(group.recipe), row_ids, vectors)
+            after_row_id = int(row_ids[-1])
+            count += len(row_ids)
+    return count

@@ -1,0 +1,123 @@
+"""Which models there are, and how to get at one: names, aliases, loading, recipes, the RAM disk."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import numpy as np
+
+from embeddings_data_models import Recipe, Truncation
+from llama_embeddings.catalogue.models import Catalogue
+from llama_embeddings.errors import InferenceFailed, ModelUnusable, ServiceError
+from llama_embeddings.inference.backend import ModelInfo
+from llama_embeddings.inference.engine import EmbeddingEngine
+from llama_embeddings.inference.model_cache import ModelCache
+
+logger = logging.getLogger(__name__)
+
+PROBE_TEXT = "The server answers."
+# Company in a batch may change a vector by rounding, not by more.
+MIN_SELF_SIMILARITY = 0.999
+
+
+class ModelService:
+    """Models by the names that callers use."""
+
+    def __init__(
+        self, catalogue: Catalogue, cache: ModelCache, *, default_model_name: str, aliases: Mapping[str, str]
+    ) -> None:
+        self._catalogue = catalogue
+        self._cache = cache
+        self._default_model_name = default_model_name
+        self._aliases = dict(aliases)
+
+    def names(self) -> list[str]:
+        """Names of all models that can answer now, the default first."""
+        names = self._catalogue.names()
+        return sorted(names, key=lambda name: (name != self._default_model_name, name))
+
+    def resolve(self, name: str | None) -> str:
+        """The model's own name for a name, an alias or nothing."""
+        if name is None:
+            return self._default_model_name
+        return self._aliases.get(name, name)
+
+    @asynccontextmanager
+    async def lease(self, name: str | None) -> AsyncIterator[EmbeddingEngine]:
+        """Use a model's engine, loading it first if need be. Raises ModelNotFound, ModelUnusable, ModelLoading."""
+        file = await self._catalogue.find(self.resolve(name))
+        async with self._cache.lease(file) as engine:
+            yield engine
+
+    async def info(self, name: str | None) -> ModelInfo:
+        """Facts about a model. Raises ModelNotFound, ModelUnusable, ModelLoading."""
+        return await self._cache.info(await self._catalogue.find(self.resolve(name)))
+
+    async def recipe(self, name: str | None, *, prompt: str = "") -> Recipe:
+        """How this model's vectors are made."""
+        info = await self.info(name)
+        return Recipe(model_digest=info.digest, pooling=str(info.pooling), prompt=prompt)
+
+    def engines(self) -> list[EmbeddingEngine]:
+        """The engines in memory."""
+        return self._cache.loaded()
+
+    async def compute_probe(self, *, timeout_seconds: float) -> float:
+        """Make a real embedding with the default model, past all caches; returns the seconds it took.
+
+        Raises what the engine raises, and InferenceFailed when the deadline passes.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            async with asyncio.timeout(timeout_seconds), self.lease(None) as engine:
+                await _embed(engine, [PROBE_TEXT])
+        except TimeoutError:
+            raise InferenceFailed(f"The engine gave no embedding within {timeout_seconds:g} s.") from None
+        return loop.time() - started
+
+    async def check_default_model(self) -> None:
+        """Load the default model and hold it against known answers. Raises ModelUnusable if it gives others."""
+        async with self.lease(None) as engine:
+            known = self._catalogue.known_similarity(engine.info.name)
+            texts = [PROBE_TEXT, *(known[:2] if known else ())]
+            alone = await _embed(engine, [PROBE_TEXT])
+            together = await _embed(engine, texts)
+            drift = float(alone[0] @ together[0])
+            if drift < MIN_SELF_SIMILARITY:
+                raise ModelUnusable(f"The model {engine.info.name!r} answers differently in a batch ({drift:.4f}).")
+            if known is not None:
+                _check_similarity(engine.info.name, float(together[1] @ together[2]), known[2], known[3])
+        logger.info("Model %s passed its self-test", engine.info.name)
+
+    async def clear_ramdisk(self) -> str:
+        """Empty the RAM disk; loaded models go on. Returns what was done, for people."""
+        return await asyncio.to_thread(self._catalogue.clear_ramdisk)
+
+
+async def _embed(engine: EmbeddingEngine, texts: list[str]) -> np.ndarray:
+    prepared = raise_refusals(await engine.prepare(texts, Truncation.RIGHT))
+    return np.stack([outcome.vector for outcome in raise_refusals(await engine.embed(prepared))])
+
+
+_Outcome = TypeVar("_Outcome")
+
+
+def raise_refusals(outcomes: Sequence[_Outcome | ServiceError]) -> list[_Outcome]:
+    """The outcomes if all are good; raises the first that is an error."""
+    for outcome in outcomes:
+        if isinstance(outcome, ServiceError):
+            raise outcome
+    return [outcome for outcome in outcomes if not isinstance(outcome, ServiceError)]
+
+
+def _check_similarity(name: str, found: float, expected: float, tolerance: float) -> None:
+    if abs(found - expected) > tolerance:
+        raise ModelUnusable(
+            f"The model {name!r} gave a similarity of {found:.4f} for a pair whose similarity is {expected:.4f}; "
+            "its file is not the model it is named after. Delete it, and it is made again."
+        )

@@ -1,0 +1,64 @@
+"""Search by meaning over every text that was ever embedded with a model."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from embeddings_data_models import RequestStamp, Truncation
+from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.models import ModelService
+from llama_embeddings.storage.store import EmbeddingStore
+from llama_embeddings.vectors.index import VectorIndexes
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """A stored text and its cosine similarity to the query."""
+
+    text: str
+    similarity: float
+
+
+class SearchService:
+    """Queries in, stored texts out."""
+
+    def __init__(
+        self, store: EmbeddingStore, models: ModelService, embeddings: EmbeddingService, indexes: VectorIndexes
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._embeddings = embeddings
+        self._indexes = indexes
+
+    async def search(
+        self,
+        query_text: str,
+        *,
+        count: int,
+        model_name: str | None = None,
+        truncation: Truncation | None = None,
+        stamp: RequestStamp | None = None,
+    ) -> list[SearchHit]:
+        """The `count` distinct stored texts nearest to the query, best first, without the query itself.
+
+        Fewer only if fewer are stored.
+        """
+        [answer] = await self._embeddings.get_or_compute(
+            [query_text], model_name=model_name, truncation=truncation, stamp=stamp, field="query_text"
+        )
+        name = self._models.resolve(model_name)
+        family = (await self._models.recipe(model_name)).family
+        # One more than asked for, as the query is among the stored texts; more again if that was not enough.
+        n_wanted = count + 1
+        while True:
+            row_ids, scores = await asyncio.to_thread(self._indexes.search, name, family, answer.vector, n_wanted)
+            texts = await self._store.texts_of_rows(row_ids.tolist())
+            hits: dict[str, float] = {}
+            for row_id, score in zip(row_ids.tolist(), scores.tolist(), strict=True):
+                text = texts.get(row_id)
+                if text is not None and text != query_text:
+                    hits.setdefault(text, score)
+            if len(hits) >= count or len(row_ids) < n_wanted:
+                return [SearchHit(text, score) for text, score in list(hits.items())[:count]]
+            n_wanted *= 2

@@ -1,0 +1,264 @@
+"""The only reader of the environment: one field per setting, each with its default and its meaning.
+
+A value comes from an environment variable, else from the `.env` file, else from the default here. `.env` lists every
+setting with its default; README's table is made from the same fields, and a test compares the three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decouple import Config, RepositoryEmpty, RepositoryEnv
+
+from llama_embeddings.errors import ConfigurationError
+
+PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent
+
+
+def _boolean(text: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    try:
+        return known[text.strip().lower()]
+    except KeyError:
+        raise ValueError("must be True or False") from None
+
+
+def _number(
+    kind: type[int] | type[float], minimum: float, maximum: float = float("inf")
+) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text.strip())
+        except ValueError:
+            raise ValueError("must be a whole number" if kind is int else "must be a number") from None
+        if not minimum <= value <= maximum:
+            bound = f"at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
+            raise ValueError(f"must be {bound}")
+        return value
+
+    return parse
+
+
+def _text(text: str) -> str:
+    return text.strip()
+
+
+def _required_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text.strip()
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.strip() not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text.strip()
+
+    return parse
+
+
+def _path(text: str) -> Path:
+    return Path(_required_text(text)).expanduser()
+
+
+def _setting(name: str, default: Any, parse: Callable[[str], Any], description: str) -> Any:
+    return dataclasses.field(metadata={"name": name, "default": default, "parse": parse, "description": description})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting, parsed and checked. Made by `load_settings`."""
+
+    default_model_name: str = _setting(
+        "DEFAULT_MODEL_NAME", "all-MiniLM-L6-v2", _required_text, "Model used when a request names none."
+    )
+    llm_context_size_in_tokens: int = _setting(
+        "LLM_CONTEXT_SIZE_IN_TOKENS",
+        512,
+        _number(int, 8, 1_048_576),
+        "Longest text in tokens; caps each model's own window. Larger windows take more memory.",
+    )
+    truncation: str = _setting(
+        "TRUNCATION",
+        "refuse",
+        _choice("refuse", "right", "left", "split"),
+        "What happens to a longer text: refused with an error, cut at its right or left end, or split into parts "
+        "that are averaged. Requests can choose for themselves.",
+    )
+    models_directory: Path = _setting(
+        "MODELS_DIRECTORY", "models", _path, "Where the GGUF files lie; each is a model by its file's stem."
+    )
+    model_aliases: str = _setting(
+        "MODEL_ALIASES", "", _text, "Other names for models: `alias=model` pairs, separated by commas."
+    )
+    max_loaded_models: int = _setting(
+        "MAX_LOADED_MODELS", 3, _number(int, 1), "Models in memory at a time; the least recently used leaves first."
+    )
+    max_loaded_models_memory_in_gb: float = _setting(
+        "MAX_LOADED_MODELS_MEMORY_IN_GB", 0, _number(float, 0), "Memory for loaded models in all; 0 for no bound."
+    )
+    use_parallel_inference_queue: bool = _setting(
+        "USE_PARALLEL_INFERENCE_QUEUE", True, _boolean, "Compute many texts together; off means one by one."
+    )
+    max_concurrent_parallel_inference_tasks: int = _setting(
+        "MAX_CONCURRENT_PARALLEL_INFERENCE_TASKS", 256, _number(int, 1), "Texts being computed at the same time."
+    )
+    max_queued_tokens: int = _setting(
+        "MAX_QUEUED_TOKENS",
+        500_000,
+        _number(int, 1),
+        "Tokens that may wait for a model; beyond that, callers get 429 with the time to wait.",
+    )
+    inference_workers: int = _setting(
+        "INFERENCE_WORKERS", 0, _number(int, 0, 256), "Contexts that compute side by side; 0 to measure what is best."
+    )
+    inference_threads_per_worker: int = _setting(
+        "INFERENCE_THREADS_PER_WORKER", 0, _number(int, 0, 256), "Threads of each context; 0 to measure what is best."
+    )
+    inference_token_budget: int = _setting(
+        "INFERENCE_TOKEN_BUDGET", 0, _number(int, 0), "Tokens packed into one pass; 0 to measure what is best."
+    )
+    embedding_cache_size_in_mb: int = _setting(
+        "EMBEDDING_CACHE_SIZE_IN_MB", 32, _number(int, 0), "Memory for recently used embeddings, in front of SQLite."
+    )
+    max_text_length_in_characters: int = _setting(
+        "MAX_TEXT_LENGTH_IN_CHARACTERS", 1_000_000, _number(int, 1), "Longest text accepted at all."
+    )
+    max_texts_per_request: int = _setting(
+        "MAX_TEXTS_PER_REQUEST", 2048, _number(int, 1), "Most texts accepted in one request."
+    )
+    max_request_size_in_mb: float = _setting(
+        "MAX_REQUEST_SIZE_IN_MB", 50, _number(float, 0.001), "Largest request body, documents included."
+    )
+    minimum_string_length_for_document_embedding: int = _setting(
+        "MINIMUM_STRING_LENGTH_FOR_DOCUMENT_EMBEDDING",
+        15,
+        _number(int, 1),
+        "Sentences of a document that are shorter (in characters) are left out.",
+    )
+    keep_document_files: bool = _setting(
+        "KEEP_DOCUMENT_FILES", True, _boolean, "Keep the bytes of submitted documents in the database."
+    )
+    database_url: str = _setting(
+        "DATABASE_URL", "sqlite+aiosqlite:///embeddings.sqlite", _required_text, "Where everything is remembered."
+    )
+    db_write_batch_size: int = _setting(
+        "DB_WRITE_BATCH_SIZE", 25, _number(int, 1, 10_000), "Writes grouped into one transaction at most."
+    )
+    max_retries: int = _setting(
+        "MAX_RETRIES", 10, _number(int, 0, 100), "How often a write is tried again while the database is locked."
+    )
+    retry_delay_base_seconds: float = _setting(
+        "RETRY_DELAY_BASE_SECONDS", 1, _number(float, 0, 60), "Longest pause between the first tries."
+    )
+    jitter_factor: float = _setting(
+        "JITTER_FACTOR",
+        0.1,
+        _number(float, 0, 1),
+        "Share of each pause that is random, so that writers do not march in step.",
+    )
+    use_ramdisk: bool = _setting("USE_RAMDISK", False, _boolean, "Copy models to a RAM disk and load them from there.")
+    ramdisk_path: Path = _setting("RAMDISK_PATH", "/mnt/llama_embeddings_ramdisk", _path, "Where it is mounted.")
+    ramdisk_size_in_gb: float = _setting(
+        "RAMDISK_SIZE_IN_GB", 1, _number(float, 0.01), "Its size; less is taken when less memory is available."
+    )
+    listen_host: str = _setting("LISTEN_HOST", "127.0.0.1", _required_text, "Address to listen on.")
+    listen_port: int = _setting(
+        "LLAMA_EMBEDDING_SERVER_LISTEN_PORT", 8089, _number(int, 0, 65535), "Port to listen on; 0 for any free one."
+    )
+    use_security_token: bool = _setting(
+        "USE_SECURITY_TOKEN",
+        False,
+        _boolean,
+        "Ask callers for a token. With no SECURITY_TOKEN one is made at the first start and printed once.",
+    )
+    security_token: str = _setting(
+        "SECURITY_TOKEN", "", _text, "The token, at least 16 characters. Setting it turns USE_SECURITY_TOKEN on."
+    )
+    security_token_path: Path = _setting(
+        "SECURITY_TOKEN_PATH", "security_token", _path, "File that keeps a token made by the server (mode 0600)."
+    )
+    allow_unauthenticated_network_access: bool = _setting(
+        "ALLOW_UNAUTHENTICATED_NETWORK_ACCESS",
+        False,
+        _boolean,
+        "Listen on an address other than this machine's own without asking for a token.",
+    )
+    ready_timeout_seconds: float = _setting(
+        "READY_TIMEOUT_SECONDS", 10, _number(float, 0.1), "Deadline of the embedding that `/ready` makes."
+    )
+    log_directory: Path = _setting("LOG_DIRECTORY", ".", _path, "Where the log file and `old_logs/` lie.")
+    log_level: str = _setting("LOG_LEVEL", "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "How much is logged.")
+
+    def __post_init__(self) -> None:
+        if self.security_token and len(self.security_token) < 16:
+            raise ConfigurationError("SECURITY_TOKEN must have at least 16 characters.", setting="SECURITY_TOKEN")
+        if not (self.requires_token or self.allow_unauthenticated_network_access or is_loopback(self.listen_host)):
+            raise ConfigurationError(
+                f"LISTEN_HOST={self.listen_host} can be reached from the network, but no token is asked for. Set "
+                "USE_SECURITY_TOKEN=True, or ALLOW_UNAUTHENTICATED_NETWORK_ACCESS=True if that is what you want.",
+                setting="LISTEN_HOST",
+            )
+        self.aliases()
+
+    @property
+    def requires_token(self) -> bool:
+        return self.use_security_token or bool(self.security_token)
+
+    def aliases(self) -> dict[str, str]:
+        """MODEL_ALIASES as a mapping. Raises ConfigurationError for a pair that is not one."""
+        pairs = [pair.strip() for pair in self.model_aliases.split(",") if pair.strip()]
+        for pair in pairs:
+            if not re.fullmatch(r"[^=\s]+\s*=\s*[^=\s]+", pair):
+                raise ConfigurationError(
+                    f"MODEL_ALIASES must hold alias=model pairs, not {pair!r}.", setting="MODEL_ALIASES"
+                )
+        return {alias.strip(): model.strip() for alias, model in (pair.split("=") for pair in pairs)}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def setting_fields() -> tuple[dataclasses.Field[Any], ...]:
+    """All settings, in the order of the tables."""
+    return dataclasses.fields(Settings)
+
+
+def load_settings(env_file: Path | None = None, **overrides: Any) -> Settings:
+    """Read every setting. `overrides` (by field name, already parsed) win over everything.
+
+    Raises ConfigurationError with one line that names the setting and what is wrong with it.
+    """
+    path = env_file or find_env_file()
+    source = Config(RepositoryEnv(str(path)) if path else RepositoryEmpty())
+    values = {field.name: _read(source, field) for field in setting_fields() if field.name not in overrides}
+    return Settings(**values, **overrides)
+
+
+def find_env_file() -> Path | None:
+    """`.env` of the working directory, else of the project."""
+    candidates = (Path.cwd() / ".env", PROJECT_DIRECTORY / ".env")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _read(source: Config, field: dataclasses.Field[Any]) -> Any:
+    name = field.metadata["name"]
+    raw = source.get(name, default=str(field.metadata["default"]))
+    try:
+        return field.metadata["parse"](raw)
+    except ValueError as error:
+        raise ConfigurationError(f"{name} {error}, not {raw!r}.", setting=name) from None

@@ -1,0 +1,265 @@
+"""The embedding server: puts the parts together, starts them in order and stops them in reverse.
+
+    python llama_embeddings_server.py
+
+serves Swagger UI at http://127.0.0.1:8089/ . Decides nothing else: what a part does is in its own module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import Depends, FastAPI
+
+import similarity_measures
+from embeddings_data_models import Truncation
+from llama_embeddings import observability
+from llama_embeddings.api import health, native, pages
+from llama_embeddings.api.error_responses import install_error_handlers
+from llama_embeddings.api.middleware import BodyLimit, RequestContext
+from llama_embeddings.api.security import require_token
+from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
+from llama_embeddings.documents.reader import DocumentReader
+from llama_embeddings.errors import ConfigurationError, ServiceError
+from llama_embeddings.inference.backend import Backend
+from llama_embeddings.inference.model_cache import EngineOptions, ModelCache
+from llama_embeddings.services.container import Services
+from llama_embeddings.services.contents import ContentsService
+from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.embeddings import EmbeddingService, load_indexes
+from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
+from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.search import SearchService
+from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.texts import TextLimits
+from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+from llama_embeddings.settings import Settings, load_settings
+from llama_embeddings.storage.store import EmbeddingStore
+from llama_embeddings.vectors.index import VectorIndexes
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+MEGABYTE = 1024 * 1024
+# An engine thread that wants the interpreter's lock back must not wait the default 5 ms for it.
+SWITCH_INTERVAL_SECONDS = 0.0005
+# Open connections get this long to be answered, work without a connection this long to be committed.
+GRACEFUL_SHUTDOWN_SECONDS = 8
+DRAIN_SECONDS = 3
+
+DESCRIPTION = """
+Embeddings of strings, of every token of a string and of every sentence of a document, by local GGUF models.
+Everything that was computed once is kept and found again; everything that is kept can be searched by meaning.
+
+Errors have the shape `{"detail", "code", "field", "index", "request_id"}`. Where the server asks for a token, send
+it as `Authorization: Bearer TOKEN` or as the query parameter `token`.
+"""
+
+
+def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI:
+    """The application, not started yet. `backend` replaces llama.cpp, for tests."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.services = await start_services(settings, backend, stack)
+            logger.info("Ready")
+            yield
+            logger.info("Stopping: finishing what is under way")
+
+    app = FastAPI(
+        title="Llama embeddings",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(require_token)],
+    )
+    app.state.security_token = find_security_token(settings)
+    app.state.ready_timeout_seconds = settings.ready_timeout_seconds
+    app.add_middleware(BodyLimit, max_bytes=int(settings.max_request_size_in_mb * MEGABYTE))
+    app.add_middleware(RequestContext)
+    install_error_handlers(app)
+    app.include_router(pages.router)
+    app.include_router(native.router)
+    app.include_router(health.router)
+    pages.mount_static_files(app)
+    return app
+
+
+async def start_services(settings: Settings, backend: Backend | None, stack: AsyncExitStack) -> Services:
+    """Start every part in the order in which they need each other; `stack` stops them in reverse."""
+    store = await open_store(settings, stack)
+    catalogue = await open_catalogue(settings)
+    models = await start_models(settings, backend, catalogue, stack)
+    indexes = VectorIndexes()
+    n_rows = await load_indexes(store, indexes)
+    logger.info("Indexed %d stored embeddings", n_rows)
+    await asyncio.to_thread(similarity_measures.warm_up)
+    return make_services(settings, store, models, indexes, stack)
+
+
+async def open_store(settings: Settings, stack: AsyncExitStack) -> EmbeddingStore:
+    """The database with its write queue."""
+    store = await EmbeddingStore.open(
+        settings.database_url,
+        write_batch_size=settings.db_write_batch_size,
+        max_retries=settings.max_retries,
+        retry_delay_base_seconds=settings.retry_delay_base_seconds,
+        jitter_factor=settings.jitter_factor,
+    )
+    stack.push_async_callback(store.close)
+    logger.info("Opened the database, its write queue runs")
+    return store
+
+
+async def open_catalogue(settings: Settings) -> Catalogue:
+    """The models directory with the default model in it, and the RAM disk if asked for and permitted."""
+    ramdisk = RamdiskOptions(settings.ramdisk_path, settings.ramdisk_size_in_gb) if settings.use_ramdisk else None
+    catalogue = Catalogue(settings.models_directory, ramdisk=ramdisk)
+    await asyncio.to_thread(catalogue.get_missing_default_model, settings.default_model_name)
+    await asyncio.to_thread(catalogue.set_up_ramdisk)
+    logger.info("Found models: %s", ", ".join(catalogue.names()) or "none")
+    return catalogue
+
+
+async def start_models(
+    settings: Settings, backend: Backend | None, catalogue: Catalogue, stack: AsyncExitStack
+) -> ModelService:
+    """The default model, loaded and checked against known answers."""
+    cache = ModelCache(
+        backend or make_llama_backend(),
+        EngineOptions(
+            max_window=settings.llm_context_size_in_tokens,
+            is_parallel=settings.use_parallel_inference_queue,
+            max_texts_in_flight=settings.max_concurrent_parallel_inference_tasks,
+            max_queued_tokens=settings.max_queued_tokens,
+            n_workers=settings.inference_workers,
+            n_threads_per_worker=settings.inference_threads_per_worker,
+            token_budget=settings.inference_token_budget,
+        ),
+        max_loaded_models=settings.max_loaded_models,
+        max_memory_in_bytes=int(settings.max_loaded_models_memory_in_gb * 1024 * MEGABYTE),
+    )
+    stack.push_async_callback(cache.close)
+    models = ModelService(catalogue, cache, default_model_name=settings.default_model_name, aliases=settings.aliases())
+    await models.check_default_model()
+    return models
+
+
+def make_llama_backend() -> Backend:
+    """llama.cpp, imported only when it is used."""
+    from llama_embeddings.inference.llama_backend import LlamaBackend
+
+    return LlamaBackend()
+
+
+def make_services(
+    settings: Settings, store: EmbeddingStore, models: ModelService, indexes: VectorIndexes, stack: AsyncExitStack
+) -> Services:
+    """The services; at the end they finish what is under way before store and models go."""
+    limits = TextLimits(settings.max_text_length_in_characters, settings.max_texts_per_request)
+    truncation = Truncation(settings.truncation)
+    memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
+    embeddings = EmbeddingService(store, models, indexes, memory, limits=limits, default_truncation=truncation)
+    token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
+    reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
+    documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
+    stack.callback(reader.close)
+    for service in (embeddings, token_embeddings, documents):
+        stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
+    return Services(
+        models=models,
+        contents=ContentsService(store, models),
+        embeddings=embeddings,
+        token_embeddings=token_embeddings,
+        documents=documents,
+        search=SearchService(store, models, embeddings, indexes),
+        similarity=SimilarityService(embeddings, token_embeddings),
+    )
+
+
+def find_security_token(settings: Settings) -> str | None:
+    """The token that callers need: the one given, the one made at an earlier start, or a new one, printed once."""
+    if not settings.requires_token:
+        return None
+    if settings.security_token:
+        return settings.security_token
+    path = settings.security_token_path
+    if path.is_file():
+        return path.read_text().strip()
+    token = secrets.token_urlsafe(32)
+    _keep_secret(path, token)
+    print(f"Made a security token, kept in {path}. It is shown this once:\n\n    {token}\n", flush=True)
+    return token
+
+
+def _keep_secret(path: Path, secret: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secret + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"The token cannot be kept in {path} ({error.strerror}); set SECURITY_TOKEN or SECURITY_TOKEN_PATH.",
+            setting="SECURITY_TOKEN_PATH",
+        ) from None
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket, bound before anything slow starts. Raises ConfigurationError if the port is taken."""
+    host, port = settings.listen_host, settings.listen_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"LLAMA_EMBEDDING_SERVER_LISTEN_PORT: cannot listen on {host}:{port} ({error.strerror}). "
+            "Stop the other program or choose another port.",
+            setting="LLAMA_EMBEDDING_SERVER_LISTEN_PORT",
+        ) from None
+    return listener
+
+
+def main() -> int:
+    """Read the settings, serve until stopped. A problem with the settings is one line and exit code 1."""
+    try:
+        settings = load_settings()
+        observability.configure_logging(settings.log_directory, settings.log_level)
+        app = create_app(settings)
+        listener = bind(settings)
+    except ServiceError as error:
+        print(f"Cannot start: {error.message}", file=sys.stderr)
+        return 1
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    host, port = listener.getsockname()[:2]
+    logger.info("Starting; will answer on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+        )
+    )
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
