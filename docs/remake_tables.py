@@ -1,0 +1,85 @@
+"""Remakes what README.md and .env say from the code: `python docs/remake_tables.py` (or `make docs`).
+
+README's tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`. `tests/contracts/test_docs.py` fails when a
+table differs from what the functions here return.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT_DIRECTORY))
+
+import similarity_measures  # noqa: E402 - the project is not installed, only put on the path
+from embeddings_data_models import Base  # noqa: E402
+from llama_embeddings.settings import setting_fields  # noqa: E402
+
+
+def render_settings_table() -> str:
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for field in setting_fields():
+        default = f"`{field.metadata['default']}`" if str(field.metadata["default"]) else "(empty)"
+        rows.append(f"| `{field.metadata['name']}` | {default} | {field.metadata['description']} |")
+    return "\n".join(rows)
+
+
+def render_measures_table() -> str:
+    rows = ["| measure | what it is | range | more alike is | cost |", "|---|---|---|---|---|"]
+    for measure in similarity_measures.MEASURES.values():
+        low, high = (("∞" if bound > 0 else "−∞") if math.isinf(bound) else f"{bound:g}" for bound in measure.range)
+        direction = "higher" if measure.higher_is_more_similar else "lower"
+        rows.append(
+            f"| `{measure.name}` | {measure.summary.replace('|', '\\|')} | {low} to {high} | {direction} | {measure.cost} |"
+        )
+    return "\n".join(rows)
+
+
+def render_schema_table() -> str:
+    rows = [
+        f"| `{table.name}` | {', '.join(f'`{column.name}`' for column in table.columns)} |"
+        for table in Base.metadata.sorted_tables
+    ]
+    return "\n".join(["| table | columns |", "|---|---|", *rows])
+
+
+def render_env_file() -> str:
+    lines = [
+        "# Every setting with its default. An environment variable of the same name wins over this file.",
+        "# Made from llama_embeddings/settings.py by docs/remake_tables.py; values may be edited, the README explains.",
+    ]
+    for field in setting_fields():
+        lines.append("")
+        lines.extend(f"# {line}" for line in textwrap.wrap(field.metadata["description"], 110))
+        lines.append(f"{field.metadata['name']}={field.metadata['default']}")
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": render_settings_table,
+    "measures": render_measures_table,
+    "schema": render_schema_table,
+}
+
+
+def replace_tables(readme: str) -> str:
+    """README with every table as the code has it now."""
+    for name, render in TABLES.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, rest = readme.split(begin)
+        readme = before + begin + render() + "\n" + end + rest.split(end)[1]
+    return readme
+
+
+def main() -> None:
+    readme = PROJECT_DIRECTORY / "README.md"
+    readme.write_text(replace_tables(readme.read_text()))
+    (PROJECT_DIRECTORY / ".env").write_text(render_env_file())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""README, .env and the code say the same thing."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from llama_embeddings import errors
+from llama_embeddings.api.error_responses import status_of
+from llama_embeddings.settings import load_settings, setting_fields
+from llama_embeddings_server import create_app
+
+PROJECT_DIRECTORY = Path(__file__).resolve().parents[2]
+README = (PROJECT_DIRECTORY / "README.md").read_text()
+
+
+def load_remake_tables() -> ModuleType:
+    specification = importlib.util.spec_from_file_location(
+        "remake_tables", PROJECT_DIRECTORY / "docs" / "remake_tables.py"
+    )
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_readme_tables_are_what_the_code_says() -> None:
+    """`make docs` would change nothing."""
+    assert load_remake_tables().replace_tables(README) == README
+
+
+def test_env_file_lists_every_setting_with_its_default() -> None:
+    """The shipped .env is the rendered one."""
+    assert (PROJECT_DIRECTORY / ".env").read_text() == load_remake_tables().render_env_file()
+
+
+def test_env_file_parses_to_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting with the shipped .env is the same as starting with none."""
+    for field in setting_fields():
+        monkeypatch.delenv(field.metadata["name"], raising=False)
+    empty = tmp_path / "empty.env"
+    empty.touch()
+    assert load_settings(PROJECT_DIRECTORY / ".env") == load_settings(empty)
+
+
+def test_readme_names_every_route() -> None:
+    """A route nobody can read about does not exist."""
+    app = create_app(load_settings())
+    paths = [path for path in app.openapi()["paths"] if path not in ("/health", "/ready")]
+    assert paths
+    missing = [path for path in paths if path not in README]
+    assert missing == []
+
+
+def test_every_route_describes_itself_and_its_errors() -> None:
+    """Swagger shows a description and every status that a route can answer with."""
+    for path, operations in create_app(load_settings()).openapi()["paths"].items():
+        for operation in operations.values():
+            assert operation["description"], path
+            if path != "/health":
+                assert "401" in operation["responses"], path
+
+
+def readme_error_rows() -> list[tuple[int, list[str]]]:
+    rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", README, re.MULTILINE)
+    return [(int(status), re.findall(r"`(\w+)`", codes)) for status, codes in rows]
+
+
+def all_errors(root: type[errors.ServiceError] = errors.ServiceError) -> list[type[errors.ServiceError]]:
+    return [root, *(found for child in root.__subclasses__() for found in all_errors(child))]
+
+
+def test_readme_error_table_states_the_status_of_every_code_it_names() -> None:
+    """Codes and statuses in README are those of the code."""
+    status_of_code = {error.code: set() for error in all_errors()}
+    for error in all_errors():
+        status_of_code[error.code].add(status_of(error.__new__(error)))
+    for status, codes in readme_error_rows():
+        for code in codes:
+            is_validation = code == "invalid_request_error" and status == 422
+            assert status in status_of_code[code] or is_validation, (status, code)
