@@ -33,9 +33,8 @@ def render_measures_table() -> str:
     for measure in similarity_measures.MEASURES.values():
         low, high = (("∞" if bound > 0 else "−∞") if math.isinf(bound) else f"{bound:g}" for bound in measure.range)
         direction = "higher" if measure.higher_is_more_similar else "lower"
-        rows.append(
-            f"| `{measure.name}` | {measure.summary.replace('|', '\\|')} | {low} to {high} | {direction} | {measure.cost} |"
-        )
+        summary = measure.summary.replace("|", r"\|")
+        rows.append(f"| `{measure.name}` | {summary} | {low} to {high} | {direction} | {measure.cost} |")
     return "\n".join(rows)
 
 
