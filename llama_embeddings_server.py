@@ -23,7 +23,7 @@ from fastapi import Depends, FastAPI
 import similarity_measures
 from embeddings_data_models import Truncation
 from llama_embeddings import observability
-from llama_embeddings.api import health, native, pages
+from llama_embeddings.api import health, native, openai, pages
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
 from llama_embeddings.api.security import require_token
@@ -92,6 +92,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     install_error_handlers(app)
     app.include_router(pages.router)
     app.include_router(native.router)
+    app.include_router(openai.router)
     app.include_router(health.router)
     pages.mount_static_files(app)
     return app

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -111,15 +111,32 @@ async def _answer_unknown(request: Request, error: Exception) -> Response:
     return render_error(request, 500, described)
 
 
-def render_error(request: Request, status: int, error: errors.ServiceError, *, code: str | None = None) -> Response:
-    """The body in the dialect of the route, with the headers that the status calls for."""
-    content = {
+def native_body(status: int, error: errors.ServiceError, code: str) -> dict[str, Any]:
+    """ErrorResponse, as the native endpoints answer."""
+    return {
         "detail": error.message,
-        "code": code or error.code,
+        "code": code,
         "field": error.field,
         "index": error.index,
         "request_id": observability.request_id.get(),
     }
+
+
+def openai_body(status: int, error: errors.ServiceError, code: str) -> dict[str, Any]:
+    """OpenAI's envelope; its clients read all four keys, and `param` is the place in the request."""
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    place = error.field if error.index is None else f"{error.field}[{error.index}]"
+    return {"error": {"message": error.message, "type": kind, "param": place, "code": code}}
+
+
+# By the beginning of the path; all other paths answer natively.
+BODY_OF_DIALECT: dict[str, Callable[[int, errors.ServiceError, str], dict[str, Any]]] = {"/v1/": openai_body}
+
+
+def render_error(request: Request, status: int, error: errors.ServiceError, *, code: str | None = None) -> Response:
+    """The body in the dialect of the route, with the headers that the status calls for."""
+    body = next((body for prefix, body in BODY_OF_DIALECT.items() if request.url.path.startswith(prefix)), native_body)
+    content = body(status, error, code or error.code)
     headers: dict[str, str] = {}
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))

@@ -48,6 +48,10 @@ class Catalogue:
         """Stems of the GGUF files that are there."""
         return sorted(path.stem for path in self._directory.glob("*.gguf") if path.is_file())
 
+    def created(self, name: str) -> int:
+        """When a model's file was written, in seconds since 1970."""
+        return _file_stamp(self._directory / f"{name}.gguf")[1] // 1_000_000_000
+
     def get_missing_default_model(self, name: str) -> None:
         """Make or fetch the model that every start needs, if it is not there. Blocks. Raises DownloadFailed."""
         self._directory.mkdir(parents=True, exist_ok=True)

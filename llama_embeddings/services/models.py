@@ -40,6 +40,19 @@ class ModelService:
         names = self._catalogue.names()
         return sorted(names, key=lambda name: (name != self._default_model_name, name))
 
+    def names_and_aliases(self) -> list[str]:
+        """Names and the aliases that stand for one of them."""
+        names = self.names()
+        return names + sorted(alias for alias, name in self._aliases.items() if name in names)
+
+    async def check_known(self, name: str) -> None:
+        """Raise ModelNotFound for a name that is neither a model's nor an alias."""
+        await self._catalogue.find(self.resolve(name))
+
+    def created(self, name: str) -> int:
+        """When the model's file came to be, in seconds since 1970."""
+        return self._catalogue.created(self.resolve(name))
+
     def resolve(self, name: str | None) -> str:
         """The model's own name for a name, an alias or nothing."""
         if name is None:

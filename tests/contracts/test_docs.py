@@ -51,7 +51,7 @@ def test_readme_names_every_route() -> None:
     app = create_app(load_settings())
     paths = [path for path in app.openapi()["paths"] if path not in ("/health", "/ready")]
     assert paths
-    missing = [path for path in paths if path not in README]
+    missing = [path for path in paths if path.replace(":path", "") not in README]
     assert missing == []
 
 

@@ -1,0 +1,275 @@
+"""Connections to the database, and everything that is particular to SQLite.
+
+Two engines for one file: a writer with exactly one connection, and a small pool of readers that cannot
+write. In WAL mode readers see the last commit and never wait for the writer. A move to another database
+replaces this module and the DDL in `migrations.py`; the statements elsewhere are neutral.
+
+Knows no tables, and decides nothing about retries: it says what kind of fault an error is.
+"""
+
+from __future__ import annotations
+
+import enum
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Insert, Table, event
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from llama_embeddings.errors import ConfigurationError, ServiceError, StoreBusy, StoreFull, StoreUnusable
+
+N_READERS = 4
+READER_WAIT_SECONDS = 30.0
+
+# SQLite takes 32,766 variables a statement unless it was compiled otherwise; some are left for the other conditions.
+MAX_LIST_LENGTH = 32_000
+
+# Marks a file as this program's, so that another program's database is never migrated: "LLEM".
+APPLICATION_ID = 0x4C4C454D
+
+# quick_check reads every page: some milliseconds up to here, many seconds for gigabytes. Larger files are
+# checked as far as their header, their size and their schema.
+QUICK_CHECK_LIMIT_BYTES = 32 * 1024 * 1024
+
+_COMMON_PRAGMAS = (
+    # Off by default in SQLite; the cascades of the deletes depend on it.
+    "PRAGMA foreign_keys = ON",
+    # Sorting and grouping of long listings stay in memory: a read must work when the disk is full.
+    "PRAGMA temp_store = MEMORY",
+    # Memory-mapped reads would turn a truncated file or a failing disk into SIGBUS, which ends the process.
+    "PRAGMA mmap_size = 0",
+)
+
+WRITER_PRAGMAS = (
+    # First, since the next ones may meet a lock. Only bridges another process's short commit; longer locks are the
+    # write queue's, which backs off with jitter.
+    "PRAGMA busy_timeout = 100",
+    *_COMMON_PRAGMAS,
+    # Readers and the writer do not wait for each other. Persistent, so the readers need not ask for it.
+    "PRAGMA journal_mode = WAL",
+    # A commit is a write to the log, without fsync: it survives kill -9 of the process. Power loss may take the
+    # last commits, but cannot damage the database.
+    "PRAGMA synchronous = NORMAL",
+    # 32 MiB: the upper levels of the unique indexes of a million rows.
+    "PRAGMA cache_size = -32768",
+    # Every 64 MiB: copying the log into the database costs two fsyncs and every page that changed, once however
+    # often it did; bulk imports take a third less time than with the 4 MiB that are the default.
+    "PRAGMA wal_autocheckpoint = 16000",
+    # A log that a long read or a backup let grow is cut back to 96 MiB at the next checkpoint.
+    "PRAGMA journal_size_limit = 100663296",
+    # Some builds turn it on, and then pay for every page that an insert splits. See `overwriting_deleted`.
+    "PRAGMA secure_delete = OFF",
+)
+
+READER_PRAGMAS = (
+    # Readers meet a lock only while another process opens, recovers or removes the log.
+    "PRAGMA busy_timeout = 5000",
+    *_COMMON_PRAGMAS,
+    # 8 MiB each: a reader fetches by key, the operating system's cache does the rest.
+    "PRAGMA cache_size = -8192",
+    "PRAGMA query_only = ON",
+)
+
+
+class Fault(enum.Enum):
+    """What an error of the database means for those who wait for it."""
+
+    LOCKED = "locked"
+    FULL = "full"
+    READ_ONLY = "read-only"
+    DAMAGED = "damaged"
+
+
+_FAULT_BY_CODE = {
+    sqlite3.SQLITE_BUSY: Fault.LOCKED,
+    sqlite3.SQLITE_LOCKED: Fault.LOCKED,
+    sqlite3.SQLITE_FULL: Fault.FULL,
+    sqlite3.SQLITE_READONLY: Fault.READ_ONLY,
+    sqlite3.SQLITE_CANTOPEN: Fault.READ_ONLY,
+    sqlite3.SQLITE_IOERR: Fault.READ_ONLY,
+    sqlite3.SQLITE_PERM: Fault.READ_ONLY,
+    sqlite3.SQLITE_CORRUPT: Fault.DAMAGED,
+    sqlite3.SQLITE_NOTADB: Fault.DAMAGED,
+}
+
+
+def classify_fault(error: BaseException) -> Fault | None:
+    """The kind of a database error, or None if it is about the statement and not about the database."""
+    if isinstance(error, PoolTimeoutError):
+        return Fault.LOCKED
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    extended_code = getattr(cause, "sqlite_errorcode", None)
+    # The low byte is the primary code; the rest tells variants apart that mean the same here.
+    return None if extended_code is None else _FAULT_BY_CODE.get(extended_code & 0xFF)
+
+
+def describe_fault(fault: Fault, *, retry_after_seconds: float = 1.0) -> ServiceError:
+    """The error that callers of the store see for a kind of fault."""
+    if fault is Fault.LOCKED:
+        message = "The database is locked by another process. Try again later."
+        return StoreBusy(message, retry_after_seconds=retry_after_seconds)
+    if fault is Fault.DAMAGED:
+        return StoreUnusable("The database file is damaged. Stop the server and restore a backup.")
+    if fault is Fault.FULL:
+        message = "The disk that holds the database is full. Make room; the service recovers by itself."
+    else:
+        message = "The database cannot be written: its file, directory or disk is read-only or failing."
+    return StoreFull(message, retry_after_seconds=retry_after_seconds)
+
+
+def parse_database_url(database_url: str) -> URL:
+    """Check DATABASE_URL and name the async driver in it. Raises ConfigurationError."""
+    try:
+        url = make_url(database_url)
+    except ArgumentError:
+        raise _refuse_url("is not a database URL") from None
+    if url.drivername not in ("sqlite", "sqlite+aiosqlite"):
+        raise _refuse_url("names another database than SQLite")
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise _refuse_url("must name a file")
+    try:
+        is_reachable = Path(url.database).absolute().parent.is_dir()
+    except PermissionError:
+        is_reachable = False
+    if not is_reachable:
+        raise _refuse_url("names a file in a directory that does not exist or may not be entered")
+    return url.set(drivername="sqlite+aiosqlite")
+
+
+def _refuse_url(reason: str) -> ConfigurationError:
+    message = f"DATABASE_URL {reason}. Give it as sqlite+aiosqlite:///embeddings.sqlite."
+    return ConfigurationError(message, setting="DATABASE_URL")
+
+
+def create_writer_engine(url: URL) -> AsyncEngine:
+    """An engine of one connection, whose transactions hold the write lock from their beginning.
+
+    With BEGIN IMMEDIATE a lock of another process shows at BEGIN, where nothing has been done yet, and not in
+    the middle of a transaction that would have to be thrown away.
+    """
+    # isolation_level None: the driver begins no transactions of its own accord.
+    engine = _create_engine(url, WRITER_PRAGMAS, pool_size=1, connect_args={"isolation_level": None})
+    event.listen(engine.sync_engine, "begin", _begin_immediate)
+    return engine
+
+
+def create_reader_engine(url: URL) -> AsyncEngine:
+    """A small pool of connections that cannot write; each statement sees the last commit."""
+    return _create_engine(
+        url, READER_PRAGMAS, pool_size=N_READERS, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True
+    )
+
+
+def _create_engine(url: URL, pragmas: tuple[str, ...], **options: Any) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        poolclass=AsyncAdaptedQueuePool,
+        max_overflow=0,
+        pool_timeout=READER_WAIT_SECONDS,
+        hide_parameters=True,  # they are users' texts, and error messages end in logs
+        **options,
+    )
+
+    def configure(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        for pragma in pragmas:
+            cursor.execute(pragma)
+        cursor.close()
+
+    event.listen(engine.sync_engine, "connect", configure)
+    return engine
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def insert_unless_present(table: Table) -> Insert:
+    """An INSERT that passes over rows that break a unique constraint, and no other constraint."""
+    return sqlite_insert(table).on_conflict_do_nothing()
+
+
+async def read_version(connection: AsyncConnection) -> int:
+    """The number of the last migration applied; 0 for a new database."""
+    return (await connection.exec_driver_sql("PRAGMA user_version")).scalar_one()
+
+
+async def write_version(connection: AsyncConnection, version: int) -> None:
+    """Record the last migration applied; part of the transaction that it is called in."""
+    await connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+    await connection.exec_driver_sql(f"PRAGMA user_version = {int(version)}")
+
+
+async def touch(connection: AsyncConnection) -> None:
+    """Write one page without changing anything: proves that the database can be written."""
+    await write_version(connection, await read_version(connection))
+
+
+@asynccontextmanager
+async def overwriting_deleted(connection: AsyncConnection) -> AsyncIterator[None]:
+    """Inside, what is deleted is overwritten with zeros instead of being left in free pages."""
+    await connection.exec_driver_sql("PRAGMA secure_delete = ON")
+    try:
+        yield
+    finally:
+        await connection.exec_driver_sql("PRAGMA secure_delete = OFF")
+
+
+async def vacuum_into(engine: AsyncEngine, target: Path) -> None:
+    """Write a compact copy of the last committed state; writers go on meanwhile. `target` must not exist."""
+    # A connection of its own: the readers' query_only forbids VACUUM, and the writer's would be busy for long.
+    copier = create_async_engine(engine.url, isolation_level="AUTOCOMMIT", hide_parameters=True)
+    try:
+        async with copier.connect() as connection:
+            await connection.exec_driver_sql("VACUUM INTO ?", (str(target),))
+    finally:
+        await copier.dispose()
+
+
+def inspect_file(path: Path, newest_version: int) -> None:
+    """Refuse a file that must not be written to, without changing it.
+
+    Raises StoreUnusable for what is no database, a damaged one, one that another program made, and one whose
+    version is above `newest_version`. A file that is absent or empty passes.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            _inspect(connection, path, newest_version)
+    except sqlite3.DatabaseError as error:
+        raise _describe_inspection(error, path) from error
+
+
+def _inspect(connection: sqlite3.Connection, path: Path, newest_version: int) -> None:
+    [n_objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    [application_id] = connection.execute("PRAGMA application_id").fetchone()
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    if n_objects and application_id != APPLICATION_ID:
+        raise StoreUnusable(f"{path} is a database of another program. Name another file in DATABASE_URL.")
+    if version > newest_version:
+        raise StoreUnusable(
+            f"{path} has version {version}, this program knows versions up to {newest_version}. "
+            "Start the newer program, or restore a backup made before the update."
+        )
+    if path.stat().st_size <= QUICK_CHECK_LIMIT_BYTES:
+        [finding] = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if finding != "ok":
+            raise StoreUnusable(f"{path} is damaged ({finding}). Restore a backup, or move the file away.")
+
+
+def _describe_inspection(error: sqlite3.DatabaseError, path: Path) -> ServiceError:
+    fault = classify_fault(error)
+    if fault is Fault.DAMAGED:
+        return StoreUnusable(f"{path} is not a database or is damaged ({error}). Restore a backup, or move it away.")
+    if fault is not None:
+        return describe_fault(fault)
+    return StoreUnusable(f"{path} cannot be read as a database ({error}).")

@@ -1,0 +1,202 @@
+"""How a database comes to the present schema: numbered steps, forward only, each in its own transaction.
+
+The statements are frozen text, not made from the tables' classes: a step must do tomorrow what it did when it
+was released. A test holds the sum of the steps against the classes. Steps are never edited, only added.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from llama_embeddings.errors import StoreUnusable
+from llama_embeddings.storage.engine import read_version, write_version
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One step. `version` is the database's number after it."""
+
+    version: int
+    description: str
+    statements: tuple[str, ...]
+
+
+INITIAL_SCHEMA = Migration(
+    version=1,
+    description="initial schema",
+    statements=(
+        """
+        CREATE TABLE documents (
+            id INTEGER NOT NULL,
+            filename VARCHAR NOT NULL,
+            mimetype VARCHAR NOT NULL,
+            model_name VARCHAR NOT NULL,
+            document_hash VARCHAR(64) NOT NULL,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            PRIMARY KEY (id),
+            CONSTRAINT _document_hash_model_uc UNIQUE (document_hash, model_name, filename)
+        )
+        """,
+        "CREATE INDEX ix_documents_model_name ON documents (model_name)",
+        "CREATE INDEX ix_documents_document_hash ON documents (document_hash)",
+        """
+        CREATE TABLE document_embeddings (
+            id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+            document_id INTEGER NOT NULL,
+            filename VARCHAR NOT NULL,
+            mimetype VARCHAR NOT NULL,
+            file_hash VARCHAR(64) NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            segmentation VARCHAR NOT NULL,
+            n_sentences INTEGER NOT NULL,
+            file_data BLOB,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            CONSTRAINT _file_hash_model_uc UNIQUE (file_hash, model_name, recipe, segmentation, filename),
+            FOREIGN KEY(document_id) REFERENCES documents (id) ON DELETE CASCADE
+        )
+        """,
+        "CREATE INDEX ix_document_embeddings_document_id ON document_embeddings (document_id)",
+        "CREATE INDEX ix_document_embeddings_model_name ON document_embeddings (model_name)",
+        """
+        CREATE TABLE embeddings (
+            id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+            text TEXT NOT NULL,
+            text_hash VARCHAR(64) NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            embedding BLOB NOT NULL,
+            n_tokens INTEGER NOT NULL,
+            n_tokens_dropped INTEGER NOT NULL,
+            document_id INTEGER,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            CONSTRAINT _text_hash_model_uc UNIQUE (text_hash, model_name, recipe),
+            FOREIGN KEY(document_id) REFERENCES document_embeddings (id) ON DELETE SET NULL
+        )
+        """,
+        "CREATE INDEX ix_embeddings_model_name_recipe ON embeddings (model_name, recipe)",
+        "CREATE INDEX ix_embeddings_document_id ON embeddings (document_id) WHERE document_id IS NOT NULL",
+        """
+        CREATE TABLE document_sentences (
+            document_embedding_id INTEGER NOT NULL,
+            position INTEGER NOT NULL,
+            embedding_id INTEGER NOT NULL,
+            page INTEGER,
+            start INTEGER NOT NULL,
+            "end" INTEGER NOT NULL,
+            PRIMARY KEY (document_embedding_id, position),
+            FOREIGN KEY(document_embedding_id) REFERENCES document_embeddings (id) ON DELETE CASCADE,
+            FOREIGN KEY(embedding_id) REFERENCES embeddings (id) ON DELETE CASCADE
+        )
+        """,
+        "CREATE INDEX ix_document_sentences_embedding_id ON document_sentences (embedding_id)",
+        """
+        CREATE TABLE token_level_embedding_bundles (
+            id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+            input_text TEXT NOT NULL,
+            input_text_hash VARCHAR(64) NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            n_tokens INTEGER NOT NULL,
+            n_tokens_dropped INTEGER NOT NULL,
+            embeddings BLOB NOT NULL,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            CONSTRAINT _input_text_hash_model_uc UNIQUE (input_text_hash, model_name, recipe)
+        )
+        """,
+        "CREATE INDEX ix_token_level_embedding_bundles_model_name ON token_level_embedding_bundles (model_name)",
+        """
+        CREATE TABLE token_level_embeddings (
+            id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+            token TEXT NOT NULL,
+            token_hash VARCHAR(64) NOT NULL,
+            position INTEGER NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            token_level_embedding_bundle_id INTEGER NOT NULL,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            CONSTRAINT _token_hash_model_uc UNIQUE (token_hash, model_name, recipe),
+            FOREIGN KEY(token_level_embedding_bundle_id)
+                REFERENCES token_level_embedding_bundles (id) ON DELETE CASCADE
+        )
+        """,
+        """
+        CREATE INDEX ix_token_level_embeddings_token_level_embedding_bundle_id
+            ON token_level_embeddings (token_level_embedding_bundle_id)
+        """,
+        """
+        CREATE TABLE token_level_embedding_bundle_combined_feature_vectors (
+            id INTEGER NOT NULL,
+            token_level_embedding_bundle_id INTEGER NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            combined_feature_vector BLOB NOT NULL,
+            combined_feature_vector_hash VARCHAR(64) NOT NULL,
+            PRIMARY KEY (id),
+            CONSTRAINT _combined_feature_vector_hash_model_uc
+                UNIQUE (combined_feature_vector_hash, model_name, recipe),
+            UNIQUE (token_level_embedding_bundle_id),
+            FOREIGN KEY(token_level_embedding_bundle_id)
+                REFERENCES token_level_embedding_bundles (id) ON DELETE CASCADE
+        )
+        """,
+        """
+        CREATE INDEX ix_token_level_embedding_bundle_combined_feature_vectors_model_name
+            ON token_level_embedding_bundle_combined_feature_vectors (model_name)
+        """,
+    ),
+)
+
+MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA,)
+
+
+def find_newest_version(migrations: Sequence[Migration] = MIGRATIONS) -> int:
+    """The version that this program brings a database to."""
+    return migrations[-1].version
+
+
+async def migrate(engine: AsyncEngine, migrations: Sequence[Migration] = MIGRATIONS) -> int:
+    """Apply the steps that a database lacks and return its version.
+
+    A step that fails leaves the database at the version before it. Two processes may do this at the same time:
+    the version is read under the write lock. Raises StoreUnusable if the database is newer than the steps.
+    """
+    for migration in migrations:
+        async with engine.begin() as connection:
+            version = await read_version(connection)
+            if version >= migration.version:
+                continue
+            for statement in migration.statements:
+                await connection.exec_driver_sql(statement)
+            await write_version(connection, migration.version)
+        logger.info("migrated the database to version %d: %s", migration.version, migration.description)
+    return await _check_version(engine, find_newest_version(migrations))
+
+
+async def _check_version(engine: AsyncEngine, newest: int) -> int:
+    async with engine.connect() as connection:
+        version = await read_version(connection)
+    if version > newest:
+        raise StoreUnusable(f"The database has version {version}, this program knows versions up to {newest}.")
+    return version

@@ -1,0 +1,294 @@
+"""What the writer does inside a transaction: each function takes several payloads of its kind and answers each.
+
+They neither begin nor end a transaction, and keep nothing between calls.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha3_256
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+from sqlalchemy import Executable
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from embeddings_data_models import (
+    NewDocument,
+    NewEmbedding,
+    NewTokenLevelBundle,
+    RequestStamp,
+    compute_text_hash,
+    compute_token_hash,
+)
+from llama_embeddings.errors import Unavailable
+from llama_embeddings.storage import statements
+from llama_embeddings.storage.engine import MAX_LIST_LENGTH, overwriting_deleted, touch
+
+Element = TypeVar("Element")
+
+# (model_name, recipe, row id): where an index has to forget what.
+RemovedRow = tuple[str, str, int]
+
+
+def split(elements: Sequence[Element], length: int = MAX_LIST_LENGTH) -> Iterator[Sequence[Element]]:
+    """Parts of a list that one statement can take; no part for an empty list."""
+    return (elements[start : start + length] for start in range(0, len(elements), length))
+
+
+def encode_vector(array: np.ndarray) -> bytes:
+    """An array of any shape as little-endian float32, row by row."""
+    return np.ascontiguousarray(array, dtype="<f4").tobytes()
+
+
+def compute_feature_vector_hash(text_hash: str, feature_vector: np.ndarray) -> str:
+    """SHA3-256 over the text's hash and the vector, since two texts may have the same vector."""
+    return sha3_256(text_hash.encode() + encode_vector(feature_vector)).hexdigest()
+
+
+# --- embeddings ---
+
+
+async def insert_embeddings(connection: AsyncConnection, batches: Sequence[Sequence[NewEmbedding]]) -> list[list[int]]:
+    """Row ids of each batch; a text that is there already keeps its row."""
+    rows = list(chain.from_iterable(batches))
+    if rows:
+        await connection.execute(statements.INSERT_EMBEDDINGS, [_describe_embedding(row) for row in rows])
+    ids = await _find_embedding_ids(connection, rows)
+    return [[ids[_key(row)] for row in batch] for batch in batches]
+
+
+async def _find_embedding_ids(
+    connection: AsyncConnection, rows: Sequence[NewEmbedding]
+) -> dict[tuple[str, str, str], int]:
+    hashes_by_group: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        hashes_by_group[row.model_name, row.recipe][row.text_hash] = None
+    ids = {}
+    for (model_name, recipe), hashes in hashes_by_group.items():
+        for part in split(list(hashes)):
+            parameters = {"text_hashes": part, "model_name": model_name, "recipe": recipe}
+            for text_hash, row_id in await connection.execute(statements.FIND_EMBEDDING_IDS, parameters):
+                ids[text_hash, model_name, recipe] = row_id
+    return ids
+
+
+def _key(row: NewEmbedding) -> tuple[str, str, str]:
+    return row.text_hash, row.model_name, row.recipe
+
+
+def _describe_embedding(row: NewEmbedding) -> dict[str, Any]:
+    return {
+        "text": row.text,
+        "text_hash": row.text_hash,
+        "model_name": row.model_name,
+        "recipe": row.recipe,
+        "embedding": encode_vector(row.vector),
+        "n_tokens": row.n_tokens,
+        "n_tokens_dropped": row.n_tokens_dropped,
+        **_describe_times(row.stamp, row.response_time),
+    }
+
+
+@lru_cache(maxsize=64)  # the rows of a request share their times
+def _describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, Any]:
+    return {
+        "ip_address": stamp.ip_address,
+        "request_time": _without_zone(stamp.request_time),
+        "response_time": _without_zone(response_time),
+        "total_time": (response_time - stamp.request_time).total_seconds(),
+    }
+
+
+def _without_zone(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(tzinfo=None)
+
+
+# --- token-level bundles ---
+
+
+async def insert_bundles(connection: AsyncConnection, new_bundles: Sequence[NewTokenLevelBundle]) -> list[int]:
+    """Row ids of the bundles; one that is there already stays as it is."""
+    return [await _insert_bundle(connection, bundle) for bundle in new_bundles]
+
+
+async def _insert_bundle(connection: AsyncConnection, bundle: NewTokenLevelBundle) -> int:
+    inserted = await connection.execute(statements.INSERT_BUNDLE, _describe_bundle(bundle))
+    key = {"text_hash": bundle.text_hash, "model_name": bundle.model_name, "recipe": bundle.recipe}
+    bundle_id: int = (await connection.execute(statements.FIND_BUNDLE_ID, key)).scalar_one()
+    if inserted.rowcount:
+        await connection.execute(statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
+        if bundle.tokens:
+            await connection.execute(statements.INSERT_TOKENS, _describe_tokens(bundle, bundle_id))
+    return bundle_id
+
+
+def _describe_bundle(bundle: NewTokenLevelBundle) -> dict[str, Any]:
+    return {
+        "input_text": bundle.text,
+        "input_text_hash": bundle.text_hash,
+        "model_name": bundle.model_name,
+        "recipe": bundle.recipe,
+        "n_tokens": len(bundle.tokens),
+        "n_tokens_dropped": bundle.n_tokens_dropped,
+        "embeddings": bundle.matrix.reshape(-1),
+        **_describe_times(bundle.stamp, bundle.response_time),
+    }
+
+
+def _describe_tokens(bundle: NewTokenLevelBundle, bundle_id: int) -> list[dict[str, Any]]:
+    shared = {
+        "model_name": bundle.model_name,
+        "recipe": bundle.recipe,
+        "token_level_embedding_bundle_id": bundle_id,
+        **_describe_times(bundle.stamp, bundle.response_time),
+    }
+    return [
+        {
+            "token": token,
+            "token_hash": compute_token_hash(bundle.text_hash, position, token),
+            "position": position,
+            **shared,
+        }
+        for position, token in enumerate(bundle.tokens)
+    ]
+
+
+def _describe_feature_vector(bundle: NewTokenLevelBundle, bundle_id: int) -> dict[str, Any]:
+    return {
+        "token_level_embedding_bundle_id": bundle_id,
+        "model_name": bundle.model_name,
+        "recipe": bundle.recipe,
+        "combined_feature_vector": bundle.feature_vector,
+        "combined_feature_vector_hash": compute_feature_vector_hash(bundle.text_hash, bundle.feature_vector),
+    }
+
+
+# --- documents ---
+
+
+async def insert_documents(connection: AsyncConnection, new_documents: Sequence[NewDocument]) -> list[int]:
+    """Row ids (of document_embeddings) of the documents. One that is there already gets its sentences again."""
+    return [await _insert_document(connection, document) for document in new_documents]
+
+
+async def _insert_document(connection: AsyncConnection, document: NewDocument) -> int:
+    await _check_sentences_exist(connection, document)
+    key = {"file_hash": document.file_hash, "model_name": document.model_name, "filename": document.filename}
+    await connection.execute(statements.INSERT_DOCUMENT, _describe_document(document))
+    document_id = (await connection.execute(statements.FIND_DOCUMENT_ID, key)).scalar_one()
+    await connection.execute(statements.INSERT_DOCUMENT_EMBEDDING, _describe_document_embedding(document, document_id))
+    key |= {"recipe": document.recipe, "segmentation": document.segmentation}
+    row_id, _ = (await connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key)).one()
+    await _replace_sentences(connection, document, row_id)
+    return row_id
+
+
+async def _check_sentences_exist(connection: AsyncConnection, document: NewDocument) -> None:
+    """A text may be forgotten between the storing of the sentences and the storing of their document."""
+    wanted = list(set(document.embedding_row_ids))
+    n_found = 0
+    for part in split(wanted):
+        n_found += len((await connection.execute(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})).all())
+    if n_found < len(wanted):
+        raise Unavailable("A sentence of the document was deleted while the document was stored. Submit it again.")
+
+
+async def _replace_sentences(connection: AsyncConnection, document: NewDocument, row_id: int) -> None:
+    await connection.execute(statements.DELETE_SENTENCES, {"old_document_embedding_id": row_id})
+    if document.sentences:
+        await connection.execute(statements.INSERT_SENTENCES, _describe_sentences(document, row_id))
+        await connection.execute(statements.CLAIM_SENTENCES, {"holder_id": row_id})
+
+
+def _describe_document(document: NewDocument) -> dict[str, Any]:
+    return {
+        "filename": document.filename,
+        "mimetype": document.mimetype,
+        "model_name": document.model_name,
+        "document_hash": document.file_hash,
+        **_describe_times(document.stamp, document.response_time),
+    }
+
+
+def _describe_document_embedding(document: NewDocument, document_id: int) -> dict[str, Any]:
+    return {
+        "document_id": document_id,
+        "filename": document.filename,
+        "mimetype": document.mimetype,
+        "file_hash": document.file_hash,
+        "model_name": document.model_name,
+        "recipe": document.recipe,
+        "segmentation": document.segmentation,
+        "n_sentences": len(document.sentences),
+        "file_data": document.file_data,
+        **_describe_times(document.stamp, document.response_time),
+    }
+
+
+def _describe_sentences(document: NewDocument, row_id: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "document_embedding_id": row_id,
+            "position": position,
+            "embedding_id": embedding_id,
+            "page": sentence.page,
+            "start": sentence.start,
+            "end": sentence.end,
+        }
+        for position, (sentence, embedding_id) in enumerate(
+            zip(document.sentences, document.embedding_row_ids, strict=True)
+        )
+    ]
+
+
+# --- forgetting ---
+
+
+async def delete_texts(connection: AsyncConnection, texts: Sequence[str]) -> list[list[RemovedRow]]:
+    """Remove each text's embeddings and token-level bundles under every model and recipe."""
+    async with overwriting_deleted(connection):
+        return [await _delete_text(connection, text) for text in texts]
+
+
+async def _delete_text(connection: AsyncConnection, text: str) -> list[RemovedRow]:
+    key = {"text_hash_to_delete": compute_text_hash(text)}
+    await connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key)
+    return await _delete_returning(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
+
+
+async def delete_documents(connection: AsyncConnection, filenames: Sequence[str]) -> list[list[RemovedRow]]:
+    """Remove the documents of each name with the sentences that they brought and that no other document holds."""
+    async with overwriting_deleted(connection):
+        return [await _delete_documents_of_name(connection, filename) for filename in filenames]
+
+
+async def _delete_documents_of_name(connection: AsyncConnection, filename: str) -> list[RemovedRow]:
+    found = await connection.execute(statements.FIND_DOCUMENT_EMBEDDINGS_OF_FILENAME, {"filename": filename})
+    doomed = {"doomed": list(found.scalars())}
+    removed: list[RemovedRow] = []
+    if doomed["doomed"]:
+        removed = await _delete_returning(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, doomed)
+        await connection.execute(statements.HAND_ON_SENTENCES, doomed)
+    await connection.execute(statements.DELETE_DOCUMENTS, {"filename_to_delete": filename})
+    return removed
+
+
+async def _delete_returning(
+    connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any]
+) -> list[RemovedRow]:
+    rows = await connection.execute(statement, parameters)
+    return [(model_name, recipe, row_id) for model_name, recipe, row_id in rows]
+
+
+# --- readiness ---
+
+
+async def probe(connection: AsyncConnection, requests: Sequence[None]) -> list[None]:
+    """Write a page that changes nothing."""
+    await touch(connection)
+    return list(requests)
