@@ -30,7 +30,6 @@ and to each dialect's body; a class that is not in its table falls back to its n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Self
 
@@ -52,10 +51,10 @@ class ServiceError(Exception):
 
     def located(self, *, field: str | None, index: int | None) -> Self:
         """The same failure, placed in one caller's request; a shared computation knows no positions."""
-        copied = copy.copy(self)
-        copied.field = field
-        copied.index = index
-        return copied
+        # Not `copy.copy`: it makes an exception anew from its message, which not every class here can be made from.
+        placed = type(self).__new__(type(self), *self.args)
+        placed.__dict__.update(self.__dict__, field=field, index=index)
+        return placed
 
 
 class InvalidInput(ServiceError):
