@@ -471,7 +471,7 @@ def write_tensors(writer: gguf.GGUFWriter, weights: Any, plan: Sequence[TensorPl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 if the source cannot be converted."""
+    """The command; 1 if the source cannot be converted or the target not written."""
     parser = argparse.ArgumentParser(description="Convert a sentence-transformers directory (BERT family) to GGUF.")
     parser.add_argument("source", type=Path, help="directory with config.json, model.safetensors, vocab.txt, ...")
     parser.add_argument("target", type=Path, help="GGUF file to write")
@@ -483,8 +483,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         convert_sentence_transformers_to_gguf(
             options.source, options.target, quantisation=options.quantisation, model_name=name
         )
-    except ModelUnusable as error:
-        print(error.message, file=sys.stderr)
+    except (ModelUnusable, OSError) as error:
+        print(error, file=sys.stderr)
         return 1
     return 0
 

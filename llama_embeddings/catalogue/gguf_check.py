@@ -614,8 +614,12 @@ def check_shapes(metadata: Metadata, tensors: Mapping[str, TensorEntry], sizes: 
         raise Fault("it asks for rank pooling, but has no classifier ('cls.output.weight')")
 
 
-def expect_shape(tensors: Mapping[str, TensorEntry], name: str, shape: tuple[int, ...]) -> None:
+def expect_shape(
+    tensors: Mapping[str, TensorEntry], name: str, shape: tuple[int, ...], *, optional: bool = False
+) -> None:
     tensor = tensors.get(name)
+    if tensor is None and optional:
+        return
     if tensor is None:
         raise Fault(f"the tensor {name!r} is missing")
     if tensor.shape != shape:
@@ -625,14 +629,15 @@ def expect_shape(tensors: Mapping[str, TensorEntry], name: str, shape: tuple[int
 def check_shapes_of_bert(metadata: Metadata, tensors: Mapping[str, TensorEntry], sizes: Sizes) -> None:
     n_dims = sizes.n_dims
     n_feed_forward = get_integer(metadata, "bert.feed_forward_length")
+    n_token_types = get_integer(metadata, "tokenizer.ggml.token_type_count")
     expect_shape(tensors, "position_embd.weight", (n_dims, sizes.context_length))
-    expect_shape(tensors, "token_types.weight", (n_dims, get_integer(metadata, "tokenizer.ggml.token_type_count")))
+    expect_shape(tensors, "token_types.weight", (n_dims, n_token_types), optional=True)
     for name in ("token_embd_norm.weight", "token_embd_norm.bias"):
         expect_shape(tensors, name, (n_dims,))
     for block in range(sizes.n_blocks):
         for name, shape in list_block_shapes_of_bert(tensors, block, n_dims, n_feed_forward):
             expect_shape(tensors, f"blk.{block}.{name}.weight", shape)
-            expect_shape(tensors, f"blk.{block}.{name}.bias", shape[-1:])
+            expect_shape(tensors, f"blk.{block}.{name}.bias", shape[-1:], optional=not name.endswith("_norm"))
 
 
 def list_block_shapes_of_bert(

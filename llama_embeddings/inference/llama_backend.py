@@ -41,6 +41,8 @@ _LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}
 # llama.cpp warns of these though they are meant: we pool ourselves, and BERT has no end of generation.
 _EXPECTED_WARNINGS = ("model default pooling_type is", "special_eos_id is not in special_eog_ids")
 
+_immortal_callbacks: list[Any] = []
+
 
 class LlamaBackend:
     """Loads GGUF files with llama.cpp."""
@@ -50,8 +52,10 @@ class LlamaBackend:
         import llama_cpp
 
         self._llama: Any = llama_cpp
-        self._log_callback = llama_cpp.llama_log_callback(_forward_log)
-        llama_cpp.llama_log_set(self._log_callback, ctypes.c_void_p(0))
+        # llama.cpp calls it as long as the process lives, so it must outlive this object.
+        callback = llama_cpp.llama_log_callback(_forward_log)
+        _immortal_callbacks.append(callback)
+        llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
 
     def load(self, path: Path, *, name: str, digest: str, max_window: int, pooling: Pooling | None) -> LlamaModel:

@@ -1,0 +1,132 @@
+"""The ceiling: llama.cpp through its C API in this process, without server, queue, store or JSON.
+
+Texts are tokenised beforehand, sorted by length and packed at the best token budget, on the best layout of contexts and
+threads. Prints texts per second as JSON: `python -m benchmarks.ceiling MODEL --tokens 35 --seconds 4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.texts import make_texts
+from llama_embeddings.inference.backend import Context, LoadedModel
+from llama_embeddings.inference.llama_backend import LlamaBackend
+from llama_embeddings.inference.pooling import normalise, pool_rows
+
+BUDGETS = (128, 192, 256, 320, 384, 512)
+LAYOUTS = {"2 contexts of 1 thread": (2, 1), "1 context of 2 threads": (1, 2)}
+
+
+def load(path: Path) -> LoadedModel:
+    return LlamaBackend().load(path, name=path.stem, digest="", max_window=512, pooling=None)
+
+
+def tokenise(model: LoadedModel, texts: Sequence[str]) -> list[np.ndarray]:
+    prefix, suffix = model.info.prefix_tokens, model.info.suffix_tokens
+    return [np.array([*prefix, *model.tokenize(text), *suffix], dtype=np.int32) for text in texts]
+
+
+def pack(sequences: Sequence[np.ndarray], budget: int, max_sequences: int) -> list[list[np.ndarray]]:
+    """Batches of at most `budget` tokens, each as full as neighbours in length allow."""
+    batches: list[list[np.ndarray]] = []
+    n_tokens = 0
+    for sequence in sorted(sequences, key=len):
+        if not batches or n_tokens + len(sequence) > budget or len(batches[-1]) == max_sequences:
+            batches.append([])
+            n_tokens = 0
+        batches[-1].append(sequence)
+        n_tokens += len(sequence)
+    return batches
+
+
+def measure(
+    model: LoadedModel, contexts: Sequence[Context], batches: Sequence[list[np.ndarray]], threads: int
+) -> float:
+    """Texts per second of working all batches off."""
+    waiting = iter(batches)
+    lock = threading.Lock()
+
+    def work(context: Context) -> None:
+        while True:
+            with lock:
+                batch = next(waiting, None)
+            if batch is None:
+                return
+            rows = context.compute(batch, n_threads=threads)
+            normalise(pool_rows(rows, [len(sequence) for sequence in batch], model.info.pooling))
+
+    workers = [threading.Thread(target=work, args=(context,)) for context in contexts]
+    started = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(len(batch) for batch in batches) / (time.perf_counter() - started)
+
+
+def measure_ceiling(model: LoadedModel, n_tokens: int, *, seconds: float, seed: int) -> dict[str, float | str | int]:
+    """The best of all budgets and layouts: a short run of each, then a long one of the two best."""
+    contexts = [model.open_context() for _ in range(2)]
+    texts = make_texts(n_tokens, seed=seed)
+    n_trial = max(8, int(30 * 35 / n_tokens))
+
+    def run(budget: int, layout: str, count: int) -> float:
+        n_contexts, threads = LAYOUTS[layout]
+        sequences = tokenise(model, list(itertools.islice(texts, count)))
+        batches = pack(sequences, max(budget, max(map(len, sequences))), contexts[0].max_sequences)
+        return measure(model, contexts[:n_contexts], batches, threads)
+
+    run(256, "2 contexts of 1 thread", n_trial)
+    trials = {(budget, layout): run(budget, layout, n_trial) for budget in BUDGETS for layout in LAYOUTS}
+    finalists = sorted(trials, key=lambda choice: trials[choice])[-3:]
+    results = {choice: run(*choice, int(trials[choice] * seconds / 3)) for choice in finalists}
+    best = max(results, key=lambda choice: results[choice])
+    for context in contexts:
+        context.close()
+    return {"texts_per_second": results[best], "budget": best[0], "layout": best[1]}
+
+
+def measure_lone_text(model: LoadedModel, n_tokens: int, *, count: int, seed: int) -> float:
+    """Median seconds the engine takes for one text alone, on the better of one and two threads."""
+    context = model.open_context()
+    sequences = tokenise(model, list(itertools.islice(make_texts(n_tokens, seed=seed), count)))
+    medians = []
+    for threads in (1, 2):
+        seconds = []
+        for sequence in sequences:
+            started = time.perf_counter()
+            context.compute([sequence], n_threads=threads)
+            seconds.append(time.perf_counter() - started)
+        medians.append(float(np.median(seconds)))
+    context.close()
+    return min(medians)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=int, default=35)
+    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lone", action="store_true", help="one text at a time instead of packed ones")
+    arguments = parser.parse_args()
+    model = load(arguments.model)
+    if arguments.lone:
+        result: dict[str, float | str | int] = {
+            "seconds": measure_lone_text(model, arguments.tokens, count=100, seed=arguments.seed)
+        }
+    else:
+        result = measure_ceiling(model, arguments.tokens, seconds=arguments.seconds, seed=arguments.seed)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A load generator that takes little of the machine it measures: keep-alive connections on bare sockets.
+
+`python -m benchmarks.load URL PATH --clients 4 --texts 32 --seconds 6` prints texts per second and latencies as JSON.
+Each client sends its next request when it has the answer to the last. Any status but 200 ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import time
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from benchmarks.texts import make_texts
+
+WARM_UP_SHARE = 0.15
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._address = (host, port)
+
+    async def __aenter__(self) -> Client:
+        self._reader, self._writer = await asyncio.open_connection(*self._address, limit=2**24)
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        self._writer.close()
+
+    async def post(self, path: str, body: bytes) -> bytes:
+        """Send a JSON body, return the reply's; RuntimeError unless the status is 200."""
+        head = f"POST {path} HTTP/1.1\r\nHost: {self._address[0]}\r\nContent-Type: application/json\r\n"
+        return await self._exchange(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    async def get(self, path: str) -> bytes:
+        return await self._exchange(f"GET {path} HTTP/1.1\r\nHost: {self._address[0]}\r\n\r\n".encode())
+
+    async def _exchange(self, request: bytes) -> bytes:
+        self._writer.write(request)
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        status = int(head.split(" ", 2)[1])
+        headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+        body = await self._read_body(headers)
+        if status != 200:
+            raise RuntimeError(f"{status}: {body[:300]!r}")
+        return body
+
+    async def _read_body(self, headers: dict[str, str]) -> bytes:
+        if "content-length" in headers:
+            return await self._reader.readexactly(int(headers["content-length"]))
+        parts = []
+        while size := int(await self._reader.readline(), 16):
+            parts.append(await self._reader.readexactly(size))
+            await self._reader.readexactly(2)
+        await self._reader.readexactly(2)
+        return b"".join(parts)
+
+
+def make_body(texts: list[str], path: str) -> bytes:
+    """The request of a path's dialect."""
+    if path.startswith("/v1/"):
+        return json.dumps({"input": texts, "model": "all-MiniLM-L6-v2", "encoding_format": "base64"}).encode()
+    return json.dumps({"text": texts[0]}).encode()
+
+
+async def run_clients(
+    url: str, path: str, *, n_clients: int, texts_per_request: int, n_tokens: int, seconds: float, seed: int
+) -> dict[str, float]:
+    """Texts per second after the warm-up, and the latency of a request at the 50th and 99th percentile."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    started = time.perf_counter()
+    measured_from, ends = started + WARM_UP_SHARE * seconds, started + seconds
+    finished: list[tuple[float, float]] = []
+
+    async def work(number: int) -> None:
+        texts = make_texts(n_tokens, seed=seed * 100 + number)
+        async with Client(parts.hostname or "", parts.port or 0) as client:
+            while (sent := time.perf_counter()) < ends:
+                await client.post(path, make_body(list(itertools.islice(texts, texts_per_request)), path))
+                finished.append((time.perf_counter(), time.perf_counter() - sent))
+
+    await asyncio.gather(*(work(number) for number in range(n_clients)))
+    counted = [(end, latency) for end, latency in finished if measured_from <= end <= ends]
+    latencies = np.array([latency for _, latency in counted])
+    return {
+        "texts_per_second": len(counted) * texts_per_request / (ends - measured_from),
+        "p50_seconds": float(np.median(latencies)),
+        "p99_seconds": float(np.quantile(latencies, 0.99)),
+        "n_requests": len(counted),
+    }
+
+
+async def poll_health(url: str, seconds: float, interval: float = 0.02) -> dict[str, float]:
+    """Latency of GET /health while something else keeps the server busy."""
+    parts = urlsplit(url)
+    latencies = []
+    ends = time.perf_counter() + seconds
+    async with Client(parts.hostname or "", parts.port or 0) as client:
+        while time.perf_counter() < ends:
+            sent = time.perf_counter()
+            await client.get("/health")
+            latencies.append(time.perf_counter() - sent)
+            await asyncio.sleep(interval)
+    return {"p50_seconds": float(np.median(latencies)), "p99_seconds": float(np.quantile(latencies, 0.99))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    parser.add_argument("path")
+    parser.add_argument("--clients", type=int, default=1)
+    parser.add_argument("--texts", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=35)
+    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--health", action="store_true", help="poll GET /health instead")
+    arguments = parser.parse_args()
+    if arguments.health:
+        print(json.dumps(asyncio.run(poll_health(arguments.url, arguments.seconds))))
+        return
+    result = run_clients(
+        arguments.url,
+        arguments.path,
+        n_clients=arguments.clients,
+        texts_per_request=arguments.texts,
+        n_tokens=arguments.tokens,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+    )
+    print(json.dumps(asyncio.run(result)))
+
+
+if __name__ == "__main__":
+    main()
