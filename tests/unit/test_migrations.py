@@ -1,0 +1,164 @@
+"""Migrations: the sum of the steps is the schema, and a file that must not be touched is not touched."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from embeddings_data_models import Base
+from llama_embeddings.errors import ConfigurationError, StoreUnusable
+from llama_embeddings.storage.engine import create_writer_engine, parse_database_url
+from llama_embeddings.storage.migrations import MIGRATIONS, Migration, find_newest_version, migrate
+from llama_embeddings.storage.store import EmbeddingStore
+
+
+@pytest.fixture
+async def writer(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+    engine = create_writer_engine(parse_database_url(f"sqlite+aiosqlite:///{tmp_path}/migrated.sqlite"))
+    yield engine
+    await engine.dispose()
+
+
+def run(path: Path, statement: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute(statement).fetchall()
+        connection.commit()
+    return rows
+
+
+def describe_schema(path: Path) -> dict[str, Any]:
+    """Everything that SQLite knows of a schema: tables, columns, keys, indexes, and the text of each."""
+    schema: dict[str, Any] = {}
+    for kind, name, sql in run(path, "SELECT type, name, sql FROM sqlite_master"):
+        schema[f"{kind} {name}"] = "".join((sql or "").split())
+        for pragma in ("table_xinfo", "foreign_key_list", "index_xinfo"):
+            schema[f"{pragma} {name}"] = run(path, f"PRAGMA {pragma}('{name}')")
+        # Without its first column, which counts the indexes in the order in which they were made.
+        schema[f"index_list {name}"] = sorted(row[1:] for row in run(path, f"PRAGMA index_list('{name}')"))
+    return schema
+
+
+async def test_migrated_database_equals_a_fresh_one(writer: AsyncEngine, tmp_path: Path) -> None:
+    """All steps together make what the tables' classes make."""
+    await migrate(writer)
+    fresh = create_engine(f"sqlite:///{tmp_path}/fresh.sqlite")
+    Base.metadata.create_all(fresh)
+    fresh.dispose()
+    assert describe_schema(tmp_path / "migrated.sqlite") == describe_schema(tmp_path / "fresh.sqlite")
+
+
+def test_steps_are_numbered_from_one_without_gaps() -> None:
+    """The version says how many steps were taken."""
+    assert [migration.version for migration in MIGRATIONS] == list(range(1, len(MIGRATIONS) + 1))
+
+
+async def test_migrating_twice_changes_nothing(writer: AsyncEngine, tmp_path: Path) -> None:
+    """Steps that were taken are not taken again."""
+    await migrate(writer)
+    before = describe_schema(tmp_path / "migrated.sqlite")
+    assert await migrate(writer) == find_newest_version()
+    assert describe_schema(tmp_path / "migrated.sqlite") == before
+
+
+async def test_only_the_missing_steps_are_taken(writer: AsyncEngine, tmp_path: Path) -> None:
+    """A later step is applied on top of what an older program left, with its rows."""
+    await migrate(writer)
+    run(tmp_path / "migrated.sqlite", "INSERT INTO documents VALUES (1, 'a', 'b', 'c', 'd', NULL, NULL, NULL, NULL)")
+    later = Migration(2, "a column", ("ALTER TABLE documents ADD COLUMN colour TEXT DEFAULT 'red'",))
+    assert await migrate(writer, (*MIGRATIONS, later)) == 2
+    assert run(tmp_path / "migrated.sqlite", "SELECT id, colour FROM documents") == [(1, "red")]
+
+
+async def test_failed_step_leaves_the_version_before_it(writer: AsyncEngine, tmp_path: Path) -> None:
+    """What the failed step had done already is undone; the step before it stays."""
+    failing = Migration(2, "fails half way", ("CREATE TABLE half_way (id INTEGER)", "CREATE NONSENSE"))
+    with pytest.raises(OperationalError):
+        await migrate(writer, (*MIGRATIONS, failing))
+    assert run(tmp_path / "migrated.sqlite", "PRAGMA user_version") == [(1,)]
+    assert "table half_way" not in describe_schema(tmp_path / "migrated.sqlite")
+
+
+async def test_newer_database_is_refused_with_both_versions(tmp_path: Path) -> None:
+    """The message says which version is there, which is known, and what to do; the file stays as it is."""
+    path = tmp_path / "newer.sqlite"
+    await (await EmbeddingStore.open(f"sqlite+aiosqlite:///{path}")).close()
+    run(path, "PRAGMA user_version = 999")
+    before = path.read_bytes()
+    with pytest.raises(StoreUnusable, match=r"version 999.*up to 1.*newer program"):
+        await EmbeddingStore.open(f"sqlite+aiosqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+def make_text_file(path: Path) -> None:
+    path.write_text("Dear diary, this is not a database. " * 100)
+
+
+def make_other_programs_database(path: Path) -> None:
+    run(path, "CREATE TABLE customers (id INTEGER)")
+    run(path, "PRAGMA user_version = 1")
+
+
+def make_truncated_database(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(
+            "PRAGMA application_id = 1280066893; CREATE TABLE t (a); "
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 500) "
+            "INSERT INTO t SELECT randomblob(1000) FROM n;"
+        )
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_overwritten_database(path: Path) -> None:
+    make_truncated_database(path)
+    path.unlink()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("PRAGMA application_id = 1280066893; CREATE TABLE t (a UNIQUE); CREATE TABLE u (a);")
+        connection.executemany("INSERT INTO t VALUES (?)", [(f"row {i}" * 50,) for i in range(500)])
+        connection.commit()
+    data = bytearray(path.read_bytes())
+    data[8 * 4096 : 10 * 4096] = b"\xff" * (2 * 4096)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_text_file, "not a database"),
+        (make_other_programs_database, "another program"),
+        (make_truncated_database, "damaged"),
+        (make_overwritten_database, "damaged"),
+    ],
+)
+async def test_unusable_file_is_refused_and_left_untouched(tmp_path: Path, make: Any, message: str) -> None:
+    """What is no database of ours is named as such, and not one of its bytes changes."""
+    path = tmp_path / "unusable.sqlite"
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(StoreUnusable, match=message):
+        await EmbeddingStore.open(f"sqlite+aiosqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "not a url",
+        "postgresql+asyncpg://localhost/embeddings",
+        "sqlite+aiosqlite://",
+        "sqlite+aiosqlite:///:memory:",
+        "sqlite+aiosqlite:////no/such/directory/embeddings.sqlite",
+    ],
+)
+async def test_url_that_names_no_usable_file_names_its_setting(url: str) -> None:
+    """A wrong DATABASE_URL stops the start and says which setting is wrong."""
+    with pytest.raises(ConfigurationError, match="DATABASE_URL") as caught:
+        await EmbeddingStore.open(url)
+    assert caught.value.field == "DATABASE_URL"
