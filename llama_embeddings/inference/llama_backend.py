@@ -25,6 +25,7 @@ import numpy as np
 
 from llama_embeddings.errors import InferenceFailed, ModelUnusable
 from llama_embeddings.inference.backend import ModelInfo, Pooling
+from llama_embeddings.inference.word_piece import WordPieceTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class LlamaModel:
         self._llama = llama
         self._pointer = pointer
         self._vocabulary = llama.llama_model_get_vocab(pointer)
+        self._word_piece = self._make_word_piece()
         self._piece_lock = threading.Lock()
         self._pieces: dict[int, str] = {}
         self.info = self._read_info(name, digest, max_window, pooling)
@@ -140,7 +142,24 @@ class LlamaModel:
 
         What looks like a special token in the text ("[SEP]", "</s>") is read as the characters it is.
         """
+        if self._word_piece is not None:
+            return self._word_piece.tokenize(text)
         return self._tokenize(text, add_special=False)
+
+    def _make_word_piece(self) -> WordPieceTokenizer | None:
+        """The reference's tokenizer for BERT vocabularies; None for other kinds."""
+        llama, vocabulary = self._llama, self._vocabulary
+        if llama.llama_vocab_type(vocabulary) != llama.LLAMA_VOCAB_TYPE_WPM:
+            return None
+        n_tokens = llama.llama_vocab_n_tokens(vocabulary)
+        spellings = [llama.llama_vocab_get_text(vocabulary, token).decode("utf-8") for token in range(n_tokens)]
+        unknown = self._metadata("tokenizer.ggml.unknown_token_id")
+        return WordPieceTokenizer(
+            spellings,
+            unknown_token=int(unknown) if unknown is not None else spellings.index("[UNK]"),
+            lower_case=self._metadata("tokenizer.ggml.normalizer.lowercase") != "false",
+            strip_accents=self._metadata("tokenizer.ggml.normalizer.strip_accents") != "false",
+        )
 
     def _tokenize(self, text: str, *, add_special: bool) -> np.ndarray:
         encoded = text.encode("utf-8")
