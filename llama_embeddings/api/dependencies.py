@@ -1,4 +1,4 @@
-"""What handlers ask for in their signatures."""
+"""What handlers ask for in their signatures. All `async`: others would take a turn through a thread pool each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -25,7 +25,7 @@ def get_services(request: Request) -> Services:
 _Services = Annotated[Services, Depends(get_services)]
 
 
-def _stamp(
+async def _stamp(
     request: Request,
     client_ip: Annotated[
         str | None, Query(max_length=64, description="Address to note as the caller's, instead of the connection's.")
@@ -46,31 +46,31 @@ JsonFormat = Annotated[
 ReplyAs = Annotated[Literal["json", "zip"], Query(description="JSON in the reply's body, or a zip file that holds it.")]
 
 
-def _models(services: _Services) -> ModelService:
+async def _models(services: _Services) -> ModelService:
     return services.models
 
 
-def _contents(services: _Services) -> ContentsService:
+async def _contents(services: _Services) -> ContentsService:
     return services.contents
 
 
-def _embeddings(services: _Services) -> EmbeddingService:
+async def _embeddings(services: _Services) -> EmbeddingService:
     return services.embeddings
 
 
-def _token_embeddings(services: _Services) -> TokenEmbeddingService:
+async def _token_embeddings(services: _Services) -> TokenEmbeddingService:
     return services.token_embeddings
 
 
-def _documents(services: _Services) -> DocumentService:
+async def _documents(services: _Services) -> DocumentService:
     return services.documents
 
 
-def _search(services: _Services) -> SearchService:
+async def _search(services: _Services) -> SearchService:
     return services.search
 
 
-def _similarity(services: _Services) -> SimilarityService:
+async def _similarity(services: _Services) -> SimilarityService:
     return services.similarity
 
 

@@ -18,7 +18,7 @@ _bearer = HTTPBearer(auto_error=False, description="The server's token.")
 _query = APIKeyQuery(name="token", auto_error=False, description="The server's token, as a query parameter.")
 
 
-def require_token(
+async def require_token(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     token: Annotated[str | None, Depends(_query)],

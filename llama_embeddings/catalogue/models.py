@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from embeddings_data_models import ModelFile
 from llama_embeddings.catalogue.default_model import MODEL_NAME as DEFAULT_MODEL_NAME
 from llama_embeddings.catalogue.default_model import get_default_model
 from llama_embeddings.catalogue.gguf_check import check_gguf
-from llama_embeddings.errors import ModelNotFound, ModelUnusable, RamdiskFailed
+from llama_embeddings.errors import ModelNotFound, RamdiskFailed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,10 @@ class Catalogue:
 
     def created(self, name: str) -> int:
         """When a model's file was written, in seconds since 1970."""
-        return _file_stamp(self._directory / f"{name}.gguf")[1] // 1_000_000_000
+        stamp = _file_stamp(self._directory / f"{name}.gguf")
+        if stamp is None:
+            raise ModelNotFound(name, self.names())
+        return stamp[1] // 1_000_000_000
 
     def get_missing_default_model(self, name: str) -> None:
         """Make or fetch the model that every start needs, if it is not there. Blocks. Raises DownloadFailed."""
@@ -61,9 +65,10 @@ class Catalogue:
     async def find(self, name: str) -> ModelFile:
         """The file of a model. Raises ModelNotFound and, for a file that must not be loaded, ModelUnusable."""
         path = self._directory / f"{name}.gguf"
-        if name not in self.names():
+        # The name comes from a request: only one that a file in this very directory can have is looked for.
+        stamp = _file_stamp(path) if path.parent == self._directory and path.name == f"{name}.gguf" else None
+        if stamp is None:
             raise ModelNotFound(name, self.names())
-        stamp = _file_stamp(path)
         known = self._files.get(name)
         if known is None or known[0] != stamp:
             known = (stamp, await asyncio.to_thread(self._examine, name, path, stamp))
@@ -121,12 +126,13 @@ class Catalogue:
         return f"The RAM disk is cleared: {cleared.freed_bytes} bytes freed. Models are loaded from disk from now on."
 
 
-def _file_stamp(path: Path) -> tuple[int, int]:
+def _file_stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which change when it is replaced; None if there is no such file."""
     try:
         status = path.stat()
-    except OSError as error:
-        raise ModelUnusable(f"The model file {path.name} cannot be read ({error.strerror}).") from None
-    return status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
 def _find_digest(path: Path, stamp: tuple[int, int]) -> str:

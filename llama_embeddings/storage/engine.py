@@ -1,7 +1,8 @@
 """Connections to the database, and everything that is particular to SQLite.
 
-Two engines for one file: a writer with exactly one connection, and a small pool of readers that cannot
-write. In WAL mode readers see the last commit and never wait for the writer. A move to another database
+Three engines for one file: a writer with exactly one connection, the same for hot lookups, each on a thread of its
+own, and a small pool of readers on the event loop. In WAL mode readers see the last commit and never wait for the
+writer. A move to another database
 replaces this module and the DDL in `migrations.py`; the statements elsewhere are neutral.
 
 Knows no tables, and decides nothing about retries: it says what kind of fault an error is.
@@ -11,18 +12,18 @@ from __future__ import annotations
 
 import enum
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Insert, Table, event
+from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from llama_embeddings.errors import ConfigurationError, ServiceError, StoreBusy, StoreFull, StoreUnusable
 
@@ -149,43 +150,62 @@ def _refuse_url(reason: str) -> ConfigurationError:
     return ConfigurationError(message, setting="DATABASE_URL")
 
 
-def create_writer_engine(url: URL) -> AsyncEngine:
-    """An engine of one connection, whose transactions hold the write lock from their beginning.
+def create_writer_engine(url: URL) -> Engine:
+    """An engine of one connection for the writer's thread; its transactions hold the write lock from their beginning.
 
     With BEGIN IMMEDIATE a lock of another process shows at BEGIN, where nothing has been done yet, and not in
     the middle of a transaction that would have to be thrown away.
     """
     # isolation_level None: the driver begins no transactions of its own accord.
-    engine = _create_engine(url, WRITER_PRAGMAS, pool_size=1, connect_args={"isolation_level": None})
-    event.listen(engine.sync_engine, "begin", _begin_immediate)
+    engine = _create_thread_engine(url, connect_args={"isolation_level": None, "check_same_thread": False})
+    _configure_connections(engine, WRITER_PRAGMAS)
+    event.listen(engine, "begin", _begin_immediate)
     return engine
+
+
+def create_lookup_engine(url: URL) -> Engine:
+    """An engine of one connection for the thread of the hot lookups; each statement sees the last commit."""
+    engine = _create_thread_engine(
+        url,
+        connect_args={"check_same_thread": False},
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+    )
+    _configure_connections(engine, READER_PRAGMAS)
+    return engine
+
+
+def _create_thread_engine(url: URL, **options: Any) -> Engine:
+    # The driver without an event loop: the whole of a transaction is one visit to its thread.
+    return create_engine(
+        url.set(drivername="sqlite"), poolclass=QueuePool, pool_size=1, max_overflow=0, hide_parameters=True, **options
+    )
 
 
 def create_reader_engine(url: URL) -> AsyncEngine:
     """A small pool of connections that cannot write; each statement sees the last commit."""
-    return _create_engine(
-        url, READER_PRAGMAS, pool_size=N_READERS, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True
-    )
-
-
-def _create_engine(url: URL, pragmas: tuple[str, ...], **options: Any) -> AsyncEngine:
     engine = create_async_engine(
         url,
         poolclass=AsyncAdaptedQueuePool,
+        pool_size=N_READERS,
         max_overflow=0,
         pool_timeout=READER_WAIT_SECONDS,
         hide_parameters=True,  # they are users' texts, and error messages end in logs
-        **options,
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
     )
+    _configure_connections(engine.sync_engine, READER_PRAGMAS)
+    return engine
 
+
+def _configure_connections(engine: Engine, pragmas: tuple[str, ...]) -> None:
     def configure(connection: Any, _record: Any) -> None:
         cursor = connection.cursor()
         for pragma in pragmas:
             cursor.execute(pragma)
         cursor.close()
 
-    event.listen(engine.sync_engine, "connect", configure)
-    return engine
+    event.listen(engine, "connect", configure)
 
 
 def _begin_immediate(connection: Connection) -> None:
@@ -197,30 +217,30 @@ def insert_unless_present(table: Table) -> Insert:
     return sqlite_insert(table).on_conflict_do_nothing()
 
 
-async def read_version(connection: AsyncConnection) -> int:
+def read_version(connection: Connection) -> int:
     """The number of the last migration applied; 0 for a new database."""
-    return (await connection.exec_driver_sql("PRAGMA user_version")).scalar_one()
+    return connection.exec_driver_sql("PRAGMA user_version").scalar_one()
 
 
-async def write_version(connection: AsyncConnection, version: int) -> None:
+def write_version(connection: Connection, version: int) -> None:
     """Record the last migration applied; part of the transaction that it is called in."""
-    await connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
-    await connection.exec_driver_sql(f"PRAGMA user_version = {int(version)}")
+    connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.exec_driver_sql(f"PRAGMA user_version = {int(version)}")
 
 
-async def touch(connection: AsyncConnection) -> None:
+def touch(connection: Connection) -> None:
     """Write one page without changing anything: proves that the database can be written."""
-    await write_version(connection, await read_version(connection))
+    write_version(connection, read_version(connection))
 
 
-@asynccontextmanager
-async def overwriting_deleted(connection: AsyncConnection) -> AsyncIterator[None]:
+@contextmanager
+def overwriting_deleted(connection: Connection) -> Iterator[None]:
     """Inside, what is deleted is overwritten with zeros instead of being left in free pages."""
-    await connection.exec_driver_sql("PRAGMA secure_delete = ON")
+    connection.exec_driver_sql("PRAGMA secure_delete = ON")
     try:
         yield
     finally:
-        await connection.exec_driver_sql("PRAGMA secure_delete = OFF")
+        connection.exec_driver_sql("PRAGMA secure_delete = OFF")
 
 
 async def vacuum_into(engine: AsyncEngine, target: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import Engine
 
 from llama_embeddings.errors import StoreUnusable
 from llama_embeddings.storage.engine import read_version, write_version
@@ -176,27 +176,27 @@ def find_newest_version(migrations: Sequence[Migration] = MIGRATIONS) -> int:
     return migrations[-1].version
 
 
-async def migrate(engine: AsyncEngine, migrations: Sequence[Migration] = MIGRATIONS) -> int:
+def migrate(engine: Engine, migrations: Sequence[Migration] = MIGRATIONS) -> int:
     """Apply the steps that a database lacks and return its version.
 
     A step that fails leaves the database at the version before it. Two processes may do this at the same time:
     the version is read under the write lock. Raises StoreUnusable if the database is newer than the steps.
     """
     for migration in migrations:
-        async with engine.begin() as connection:
-            version = await read_version(connection)
+        with engine.begin() as connection:
+            version = read_version(connection)
             if version >= migration.version:
                 continue
             for statement in migration.statements:
-                await connection.exec_driver_sql(statement)
-            await write_version(connection, migration.version)
+                connection.exec_driver_sql(statement)
+            write_version(connection, migration.version)
         logger.info("migrated the database to version %d: %s", migration.version, migration.description)
-    return await _check_version(engine, find_newest_version(migrations))
+    return _check_version(engine, find_newest_version(migrations))
 
 
-async def _check_version(engine: AsyncEngine, newest: int) -> int:
-    async with engine.connect() as connection:
-        version = await read_version(connection)
+def _check_version(engine: Engine, newest: int) -> int:
+    with engine.connect() as connection:
+        version = read_version(connection)
     if version > newest:
         raise StoreUnusable(f"The database has version {version}, this program knows versions up to {newest}.")
     return version

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Executable
+from sqlalchemy import Engine, Executable
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -39,6 +40,7 @@ from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.engine import (
     Fault,
     classify_fault,
+    create_lookup_engine,
     create_reader_engine,
     create_writer_engine,
     describe_fault,
@@ -75,8 +77,10 @@ class EmbeddingStore:
     StoreUnusable (the file is damaged). Arrays in results are read-only views of the bytes read.
     """
 
-    def __init__(self, writer: AsyncEngine, readers: AsyncEngine, write_queue: WriteQueue) -> None:
+    def __init__(self, writer: Engine, lookups: Engine, readers: AsyncEngine, write_queue: WriteQueue) -> None:
         self._writer = writer
+        self._lookups = lookups
+        self._lookup_thread = ThreadPoolExecutor(1, thread_name_prefix="store-lookup")
         self._readers = readers
         self._write_queue = write_queue
 
@@ -102,23 +106,25 @@ class EmbeddingStore:
         backoff = Backoff(max_retries, retry_delay_base_seconds, jitter_factor)
         writer = create_writer_engine(url)
         try:
-            await retry_while_locked(lambda: migrate(writer), _is_lock, backoff)
+            await retry_while_locked(lambda: asyncio.to_thread(migrate, writer), _is_lock, backoff)
         except DBAPIError as error:
-            await writer.dispose()
+            writer.dispose()
             raise _describe_failure(error) from error
         except StoreUnusable:
-            await writer.dispose()
+            writer.dispose()
             raise
         write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
-        return cls(writer, create_reader_engine(url), write_queue)
+        return cls(writer, create_lookup_engine(url), create_reader_engine(url), write_queue)
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
         await self._write_queue.stop()
         await self._readers.dispose()
+        self._lookup_thread.shutdown()
+        self._lookups.dispose()
         # Last, so that it is the one that copies the log into the database and removes it.
-        await self._writer.dispose()
+        await asyncio.to_thread(self._writer.dispose)
 
     # --- embeddings ---
 
@@ -129,7 +135,7 @@ class EmbeddingStore:
         found: dict[str, StoredEmbedding] = {}
         for part in split(text_hashes):
             parameters = {"text_hashes": part, "model_name": model_name, "recipe": recipe}
-            for row_id, text_hash, vector, n_tokens, n_dropped in await self._fetch(
+            for row_id, text_hash, vector, n_tokens, n_dropped in await self._look_up(
                 statements.FIND_EMBEDDINGS, parameters
             ):
                 found[text_hash] = StoredEmbedding(row_id, text_hash, _decode(vector), n_tokens, n_dropped)
@@ -143,7 +149,7 @@ class EmbeddingStore:
         """Texts by row id; rows that are gone are absent."""
         texts: dict[int, str] = {}
         for part in split(row_ids):
-            rows = await self._fetch(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})
+            rows = await self._look_up(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})
             texts.update((row_id, text) for row_id, text in rows)
         return texts
 
@@ -287,6 +293,19 @@ class EmbeddingStore:
     def write_queue_depth(self) -> int:
         """How many writes wait for their turn."""
         return self._write_queue.depth
+
+    async def _look_up(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """Fetch by key, in one visit to the lookup thread: what every request waits for."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._lookup_thread, self._look_up_now, statement, parameters
+        )
+
+    def _look_up_now(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        try:
+            with self._lookups.connect() as connection:
+                return connection.execute(statement, parameters).all()
+        except DBAPIError as error:
+            raise _describe_failure(error) from error
 
     async def _fetch(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Any]:
         try:

@@ -1,6 +1,6 @@
 """The one writer: takes writes from any number of tasks and commits them in groups.
 
-    submit(function, payload) -> queue -> group of up to `batch_size` -> BEGIN IMMEDIATE
+    submit(function, payload) -> queue -> group of up to `batch_size` -> BEGIN IMMEDIATE        (on one thread)
                                                                             function(connection, [payload, ...])
     result or error of this write  <-------------------------------------- COMMIT
 
@@ -16,12 +16,13 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy import Connection, Engine
 
 from llama_embeddings.errors import ShuttingDown, StoreBusy
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
@@ -33,7 +34,7 @@ Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
 # Runs inside the writer's transaction; answers as many results as it was given payloads, in their order.
-WriteFunction = Callable[[AsyncConnection, Sequence[Payload]], Awaitable[Sequence[Result]]]
+WriteFunction = Callable[[Connection, Sequence[Payload]], Sequence[Result]]
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class WriteQueue:
     """A bounded queue in front of an engine of one connection; the loop runs from `start` to `stop`."""
 
     def __init__(
-        self, engine: AsyncEngine, *, batch_size: int = 25, backoff: Backoff | None = None, max_waiting: int = 1_000
+        self, engine: Engine, *, batch_size: int = 25, backoff: Backoff | None = None, max_waiting: int = 1_000
     ) -> None:
         self._engine = engine
         self._batch_size = batch_size
@@ -74,6 +75,8 @@ class WriteQueue:
         self._max_waiting = max_waiting
         self._waiting: deque[_Write] = deque()
         self._arrival = asyncio.Event()
+        # One thread: a whole transaction is one visit to it, however many statements it has.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._is_stopping = False
         self._task: asyncio.Task[None] | None = None
         self.counters = WriteCounters()
@@ -93,6 +96,7 @@ class WriteQueue:
         self._arrival.set()
         if self._task is not None:
             await asyncio.wait([self._task])
+        self._thread.shutdown()
 
     async def submit(self, function: WriteFunction[Payload, Result], payload: Payload) -> Result:
         """Queue a write and wait for its commit. If the caller is cancelled, the write happens all the same.
@@ -137,7 +141,12 @@ class WriteQueue:
     async def _process(self, group: Sequence[_Write]) -> None:
         """Commit a group and answer each of its writes."""
         try:
-            results = await retry_while_locked(lambda: self._commit(group), _is_lock, self._backoff, self._count_retry)
+            results = await retry_while_locked(
+                lambda: asyncio.get_running_loop().run_in_executor(self._thread, self._commit, group),
+                _is_lock,
+                self._backoff,
+                self._count_retry,
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer to these writes
             await self._process_failure(group, error)
         else:
@@ -146,12 +155,13 @@ class WriteQueue:
             for write, result in zip(group, results, strict=True):
                 write.succeed(result)
 
-    async def _commit(self, group: Sequence[_Write]) -> list[Any]:
+    def _commit(self, group: Sequence[_Write]) -> list[Any]:
+        """One transaction; on the writer's thread."""
         results: list[Any] = []
-        async with self._engine.begin() as connection:
+        with self._engine.begin() as connection:
             for function, writes in itertools.groupby(group, key=lambda write: write.function):
                 payloads = [write.payload for write in writes]
-                answers = await function(connection, payloads)
+                answers = function(connection, payloads)
                 if len(answers) != len(payloads):
                     raise RuntimeError(f"{len(payloads)} writes got {len(answers)} results")
                 results.extend(answers)
@@ -161,7 +171,7 @@ class WriteQueue:
         fault = classify_fault(error)
         if fault is Fault.READ_ONLY:
             # A connection that was opened while the file could not be written stays read-only for its lifetime.
-            await self._engine.dispose()
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
         if fault is Fault.LOCKED:
             self._fail([*group, *self._take_impatient()], error)
         elif len(group) == 1:

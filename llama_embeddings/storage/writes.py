@@ -14,8 +14,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
-from sqlalchemy import Executable
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Executable
 
 from embeddings_data_models import (
     NewDocument,
@@ -53,18 +52,16 @@ def compute_feature_vector_hash(text_hash: str, feature_vector: np.ndarray) -> s
 # --- embeddings ---
 
 
-async def insert_embeddings(connection: AsyncConnection, batches: Sequence[Sequence[NewEmbedding]]) -> list[list[int]]:
+def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbedding]]) -> list[list[int]]:
     """Row ids of each batch; a text that is there already keeps its row."""
     rows = list(chain.from_iterable(batches))
     if rows:
-        await connection.execute(statements.INSERT_EMBEDDINGS, [_describe_embedding(row) for row in rows])
-    ids = await _find_embedding_ids(connection, rows)
+        connection.execute(statements.INSERT_EMBEDDINGS, [_describe_embedding(row) for row in rows])
+    ids = _find_embedding_ids(connection, rows)
     return [[ids[_key(row)] for row in batch] for batch in batches]
 
 
-async def _find_embedding_ids(
-    connection: AsyncConnection, rows: Sequence[NewEmbedding]
-) -> dict[tuple[str, str, str], int]:
+def _find_embedding_ids(connection: Connection, rows: Sequence[NewEmbedding]) -> dict[tuple[str, str, str], int]:
     hashes_by_group: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for row in rows:
         hashes_by_group[row.model_name, row.recipe][row.text_hash] = None
@@ -72,7 +69,7 @@ async def _find_embedding_ids(
     for (model_name, recipe), hashes in hashes_by_group.items():
         for part in split(list(hashes)):
             parameters = {"text_hashes": part, "model_name": model_name, "recipe": recipe}
-            for text_hash, row_id in await connection.execute(statements.FIND_EMBEDDING_IDS, parameters):
+            for text_hash, row_id in connection.execute(statements.FIND_EMBEDDING_IDS, parameters):
                 ids[text_hash, model_name, recipe] = row_id
     return ids
 
@@ -111,19 +108,19 @@ def _without_zone(moment: datetime) -> datetime:
 # --- token-level bundles ---
 
 
-async def insert_bundles(connection: AsyncConnection, new_bundles: Sequence[NewTokenLevelBundle]) -> list[int]:
+def insert_bundles(connection: Connection, new_bundles: Sequence[NewTokenLevelBundle]) -> list[int]:
     """Row ids of the bundles; one that is there already stays as it is."""
-    return [await _insert_bundle(connection, bundle) for bundle in new_bundles]
+    return [_insert_bundle(connection, bundle) for bundle in new_bundles]
 
 
-async def _insert_bundle(connection: AsyncConnection, bundle: NewTokenLevelBundle) -> int:
-    inserted = await connection.execute(statements.INSERT_BUNDLE, _describe_bundle(bundle))
+def _insert_bundle(connection: Connection, bundle: NewTokenLevelBundle) -> int:
+    inserted = connection.execute(statements.INSERT_BUNDLE, _describe_bundle(bundle))
     key = {"text_hash": bundle.text_hash, "model_name": bundle.model_name, "recipe": bundle.recipe}
-    bundle_id: int = (await connection.execute(statements.FIND_BUNDLE_ID, key)).scalar_one()
+    bundle_id: int = connection.execute(statements.FIND_BUNDLE_ID, key).scalar_one()
     if inserted.rowcount:
-        await connection.execute(statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
+        connection.execute(statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
         if bundle.tokens:
-            await connection.execute(statements.INSERT_TOKENS, _describe_tokens(bundle, bundle_id))
+            connection.execute(statements.INSERT_TOKENS, _describe_tokens(bundle, bundle_id))
     return bundle_id
 
 
@@ -171,38 +168,38 @@ def _describe_feature_vector(bundle: NewTokenLevelBundle, bundle_id: int) -> dic
 # --- documents ---
 
 
-async def insert_documents(connection: AsyncConnection, new_documents: Sequence[NewDocument]) -> list[int]:
+def insert_documents(connection: Connection, new_documents: Sequence[NewDocument]) -> list[int]:
     """Row ids (of document_embeddings) of the documents. One that is there already gets its sentences again."""
-    return [await _insert_document(connection, document) for document in new_documents]
+    return [_insert_document(connection, document) for document in new_documents]
 
 
-async def _insert_document(connection: AsyncConnection, document: NewDocument) -> int:
-    await _check_sentences_exist(connection, document)
+def _insert_document(connection: Connection, document: NewDocument) -> int:
+    _check_sentences_exist(connection, document)
     key = {"file_hash": document.file_hash, "model_name": document.model_name, "filename": document.filename}
-    await connection.execute(statements.INSERT_DOCUMENT, _describe_document(document))
-    document_id = (await connection.execute(statements.FIND_DOCUMENT_ID, key)).scalar_one()
-    await connection.execute(statements.INSERT_DOCUMENT_EMBEDDING, _describe_document_embedding(document, document_id))
+    connection.execute(statements.INSERT_DOCUMENT, _describe_document(document))
+    document_id = connection.execute(statements.FIND_DOCUMENT_ID, key).scalar_one()
+    connection.execute(statements.INSERT_DOCUMENT_EMBEDDING, _describe_document_embedding(document, document_id))
     key |= {"recipe": document.recipe, "segmentation": document.segmentation}
-    row_id, _ = (await connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key)).one()
-    await _replace_sentences(connection, document, row_id)
+    row_id, _ = connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key).one()
+    _replace_sentences(connection, document, row_id)
     return row_id
 
 
-async def _check_sentences_exist(connection: AsyncConnection, document: NewDocument) -> None:
+def _check_sentences_exist(connection: Connection, document: NewDocument) -> None:
     """A text may be forgotten between the storing of the sentences and the storing of their document."""
     wanted = list(set(document.embedding_row_ids))
     n_found = 0
     for part in split(wanted):
-        n_found += len((await connection.execute(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})).all())
+        n_found += len(connection.execute(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part}).all())
     if n_found < len(wanted):
         raise Unavailable("A sentence of the document was deleted while the document was stored. Submit it again.")
 
 
-async def _replace_sentences(connection: AsyncConnection, document: NewDocument, row_id: int) -> None:
-    await connection.execute(statements.DELETE_SENTENCES, {"old_document_embedding_id": row_id})
+def _replace_sentences(connection: Connection, document: NewDocument, row_id: int) -> None:
+    connection.execute(statements.DELETE_SENTENCES, {"old_document_embedding_id": row_id})
     if document.sentences:
-        await connection.execute(statements.INSERT_SENTENCES, _describe_sentences(document, row_id))
-        await connection.execute(statements.CLAIM_SENTENCES, {"holder_id": row_id})
+        connection.execute(statements.INSERT_SENTENCES, _describe_sentences(document, row_id))
+        connection.execute(statements.CLAIM_SENTENCES, {"holder_id": row_id})
 
 
 def _describe_document(document: NewDocument) -> dict[str, Any]:
@@ -249,46 +246,44 @@ def _describe_sentences(document: NewDocument, row_id: int) -> list[dict[str, An
 # --- forgetting ---
 
 
-async def delete_texts(connection: AsyncConnection, texts: Sequence[str]) -> list[list[RemovedRow]]:
+def delete_texts(connection: Connection, texts: Sequence[str]) -> list[list[RemovedRow]]:
     """Remove each text's embeddings and token-level bundles under every model and recipe."""
-    async with overwriting_deleted(connection):
-        return [await _delete_text(connection, text) for text in texts]
+    with overwriting_deleted(connection):
+        return [_delete_text(connection, text) for text in texts]
 
 
-async def _delete_text(connection: AsyncConnection, text: str) -> list[RemovedRow]:
+def _delete_text(connection: Connection, text: str) -> list[RemovedRow]:
     key = {"text_hash_to_delete": compute_text_hash(text)}
-    await connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key)
-    return await _delete_returning(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
+    connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key)
+    return _delete_returning(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
 
 
-async def delete_documents(connection: AsyncConnection, filenames: Sequence[str]) -> list[list[RemovedRow]]:
+def delete_documents(connection: Connection, filenames: Sequence[str]) -> list[list[RemovedRow]]:
     """Remove the documents of each name with the sentences that they brought and that no other document holds."""
-    async with overwriting_deleted(connection):
-        return [await _delete_documents_of_name(connection, filename) for filename in filenames]
+    with overwriting_deleted(connection):
+        return [_delete_documents_of_name(connection, filename) for filename in filenames]
 
 
-async def _delete_documents_of_name(connection: AsyncConnection, filename: str) -> list[RemovedRow]:
-    found = await connection.execute(statements.FIND_DOCUMENT_EMBEDDINGS_OF_FILENAME, {"filename": filename})
+def _delete_documents_of_name(connection: Connection, filename: str) -> list[RemovedRow]:
+    found = connection.execute(statements.FIND_DOCUMENT_EMBEDDINGS_OF_FILENAME, {"filename": filename})
     doomed = {"doomed": list(found.scalars())}
     removed: list[RemovedRow] = []
     if doomed["doomed"]:
-        removed = await _delete_returning(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, doomed)
-        await connection.execute(statements.HAND_ON_SENTENCES, doomed)
-    await connection.execute(statements.DELETE_DOCUMENTS, {"filename_to_delete": filename})
+        removed = _delete_returning(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, doomed)
+        connection.execute(statements.HAND_ON_SENTENCES, doomed)
+    connection.execute(statements.DELETE_DOCUMENTS, {"filename_to_delete": filename})
     return removed
 
 
-async def _delete_returning(
-    connection: AsyncConnection, statement: Executable, parameters: Mapping[str, Any]
-) -> list[RemovedRow]:
-    rows = await connection.execute(statement, parameters)
+def _delete_returning(connection: Connection, statement: Executable, parameters: Mapping[str, Any]) -> list[RemovedRow]:
+    rows = connection.execute(statement, parameters)
     return [(model_name, recipe, row_id) for model_name, recipe, row_id in rows]
 
 
 # --- readiness ---
 
 
-async def probe(connection: AsyncConnection, requests: Sequence[None]) -> list[None]:
+def probe(connection: Connection, requests: Sequence[None]) -> list[None]:
     """Write a page that changes nothing."""
-    await touch(connection)
+    touch(connection)
     return list(requests)

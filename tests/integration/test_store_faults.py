@@ -145,8 +145,8 @@ async def test_two_processes_may_make_the_same_database(path: Path) -> None:
 
 async def limit_pages(store: EmbeddingStore, n_pages: int) -> None:
     """SQLite's own limit gives the same error as a full disk, at the same place, on every machine."""
-    async with store._writer.connect() as connection:
-        await connection.exec_driver_sql(f"PRAGMA max_page_count = {n_pages}")
+    with store._writer.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {n_pages}")
 
 
 async def test_full_disk_refuses_writes_serves_reads_and_recovers(store: EmbeddingStore) -> None:
@@ -184,8 +184,8 @@ async def test_read_only_database_refuses_writes_serves_reads_and_recovers(store
         if is_read_only:
             connection.cursor().execute("PRAGMA query_only = ON")
 
-    event.listen(store._writer.sync_engine, "connect", refuse_writes)
-    await store._writer.dispose()
+    event.listen(store._writer, "connect", refuse_writes)
+    store._writer.dispose()
     for _ in range(3):
         with pytest.raises(StoreFull, match="read-only"):
             await add(store, "refused")

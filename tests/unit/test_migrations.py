@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from embeddings_data_models import Base
 from llama_embeddings.errors import ConfigurationError, StoreUnusable
@@ -21,10 +20,10 @@ from llama_embeddings.storage.store import EmbeddingStore
 
 
 @pytest.fixture
-async def writer(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
+async def writer(tmp_path: Path) -> AsyncIterator[Engine]:
     engine = create_writer_engine(parse_database_url(f"sqlite+aiosqlite:///{tmp_path}/migrated.sqlite"))
     yield engine
-    await engine.dispose()
+    engine.dispose()
 
 
 def run(path: Path, statement: str) -> list[tuple[Any, ...]]:
@@ -46,9 +45,9 @@ def describe_schema(path: Path) -> dict[str, Any]:
     return schema
 
 
-async def test_migrated_database_equals_a_fresh_one(writer: AsyncEngine, tmp_path: Path) -> None:
+async def test_migrated_database_equals_a_fresh_one(writer: Engine, tmp_path: Path) -> None:
     """All steps together make what the tables' classes make."""
-    await migrate(writer)
+    migrate(writer)
     fresh = create_engine(f"sqlite:///{tmp_path}/fresh.sqlite")
     Base.metadata.create_all(fresh)
     fresh.dispose()
@@ -60,28 +59,28 @@ def test_steps_are_numbered_from_one_without_gaps() -> None:
     assert [migration.version for migration in MIGRATIONS] == list(range(1, len(MIGRATIONS) + 1))
 
 
-async def test_migrating_twice_changes_nothing(writer: AsyncEngine, tmp_path: Path) -> None:
+async def test_migrating_twice_changes_nothing(writer: Engine, tmp_path: Path) -> None:
     """Steps that were taken are not taken again."""
-    await migrate(writer)
+    migrate(writer)
     before = describe_schema(tmp_path / "migrated.sqlite")
-    assert await migrate(writer) == find_newest_version()
+    assert migrate(writer) == find_newest_version()
     assert describe_schema(tmp_path / "migrated.sqlite") == before
 
 
-async def test_only_the_missing_steps_are_taken(writer: AsyncEngine, tmp_path: Path) -> None:
+async def test_only_the_missing_steps_are_taken(writer: Engine, tmp_path: Path) -> None:
     """A later step is applied on top of what an older program left, with its rows."""
-    await migrate(writer)
+    migrate(writer)
     run(tmp_path / "migrated.sqlite", "INSERT INTO documents VALUES (1, 'a', 'b', 'c', 'd', NULL, NULL, NULL, NULL)")
     later = Migration(2, "a column", ("ALTER TABLE documents ADD COLUMN colour TEXT DEFAULT 'red'",))
-    assert await migrate(writer, (*MIGRATIONS, later)) == 2
+    assert migrate(writer, (*MIGRATIONS, later)) == 2
     assert run(tmp_path / "migrated.sqlite", "SELECT id, colour FROM documents") == [(1, "red")]
 
 
-async def test_failed_step_leaves_the_version_before_it(writer: AsyncEngine, tmp_path: Path) -> None:
+async def test_failed_step_leaves_the_version_before_it(writer: Engine, tmp_path: Path) -> None:
     """What the failed step had done already is undone; the step before it stays."""
     failing = Migration(2, "fails half way", ("CREATE TABLE half_way (id INTEGER)", "CREATE NONSENSE"))
     with pytest.raises(OperationalError):
-        await migrate(writer, (*MIGRATIONS, failing))
+        migrate(writer, (*MIGRATIONS, failing))
     assert run(tmp_path / "migrated.sqlite", "PRAGMA user_version") == [(1,)]
     assert "table half_way" not in describe_schema(tmp_path / "migrated.sqlite")
 

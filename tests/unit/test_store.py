@@ -115,10 +115,12 @@ def recorded_reads(store: EmbeddingStore) -> Iterator[list[tuple[str, Any]]]:
         if not statement.startswith("PRAGMA"):
             seen.append((statement, parameters))
 
-    engine = store._readers.sync_engine
-    event.listen(engine, "before_cursor_execute", record)
+    engines = (store._readers.sync_engine, store._lookups)
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", record)
     yield seen
-    event.remove(engine, "before_cursor_execute", record)
+    for engine in engines:
+        event.remove(engine, "before_cursor_execute", record)
 
 
 # --- embeddings ---

@@ -10,8 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from llama_embeddings.errors import ShuttingDown, StoreBusy, StoreFull
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
@@ -30,31 +30,31 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def engine(path: Path) -> AsyncIterator[AsyncEngine]:
+async def engine(path: Path) -> AsyncIterator[Engine]:
     engine = create_writer_engine(parse_database_url(f"sqlite+aiosqlite:///{path}"))
     yield engine
-    await engine.dispose()
+    engine.dispose()
 
 
 @pytest.fixture
-async def queue(engine: AsyncEngine) -> AsyncIterator[WriteQueue]:
+async def queue(engine: Engine) -> AsyncIterator[WriteQueue]:
     queue = WriteQueue(engine, batch_size=5, backoff=QUICK_BACKOFF)
     queue.start()
     yield queue
     await queue.stop()
 
 
-async def insert_numbers(connection: AsyncConnection, numbers: Sequence[int | None]) -> list[int | None]:
+def insert_numbers(connection: Connection, numbers: Sequence[int | None]) -> list[int | None]:
     for number in numbers:
-        await connection.exec_driver_sql("INSERT INTO numbers VALUES (?)", (number,))
+        connection.exec_driver_sql("INSERT INTO numbers VALUES (?)", (number,))
     return list(numbers)
 
 
-async def count_group(connection: AsyncConnection, payloads: Sequence[None]) -> list[int]:
+def count_group(connection: Connection, payloads: Sequence[None]) -> list[int]:
     return [len(payloads)] * len(payloads)
 
 
-async def forget_an_answer(connection: AsyncConnection, payloads: Sequence[None]) -> list[None]:
+def forget_an_answer(connection: Connection, payloads: Sequence[None]) -> list[None]:
     return [None] * (len(payloads) - 1)
 
 
@@ -152,20 +152,20 @@ async def test_those_behind_a_locked_group_do_not_wait_a_round_each(queue: Write
     assert queue.counters.n_lock_retries == QUICK_BACKOFF.max_retries
 
 
-async def test_full_disk_answers_full_and_recovers_by_itself(queue: WriteQueue, engine: AsyncEngine) -> None:
+async def test_full_disk_answers_full_and_recovers_by_itself(queue: WriteQueue, engine: Engine) -> None:
     """When there is room again, the next write succeeds without a restart."""
-    async with engine.connect() as connection:
-        [n_pages] = (await connection.exec_driver_sql("PRAGMA page_count")).one()
-        await connection.exec_driver_sql(f"PRAGMA max_page_count = {n_pages}")
+    with engine.connect() as connection:
+        [n_pages] = (connection.exec_driver_sql("PRAGMA page_count")).one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {n_pages}")
     numbers = range(100_000, 101_000)
     answers = await asyncio.gather(*(queue.submit(insert_numbers, n) for n in numbers), return_exceptions=True)
     assert any(isinstance(answer, StoreFull) for answer in answers)
-    async with engine.connect() as connection:
-        await connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
     assert await queue.submit(insert_numbers, 1) == 1
 
 
-async def test_full_queue_refuses_at_once(engine: AsyncEngine) -> None:
+async def test_full_queue_refuses_at_once(engine: Engine) -> None:
     """The bound holds even while nothing is taken out."""
     queue = WriteQueue(engine, max_waiting=3)
     queue.start()
@@ -188,7 +188,7 @@ async def test_stop_commits_what_waits_and_refuses_what_comes(queue: WriteQueue,
         await queue.submit(insert_numbers, 99)
 
 
-async def test_nobody_is_left_waiting_when_the_loop_is_torn_down(engine: AsyncEngine, path: Path) -> None:
+async def test_nobody_is_left_waiting_when_the_loop_is_torn_down(engine: Engine, path: Path) -> None:
     """Even if the writer's task is cancelled from outside, every write gets an answer."""
     queue = WriteQueue(engine, batch_size=2, backoff=Backoff(base_seconds=10))
     queue.start()
