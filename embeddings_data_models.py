@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from hashlib import sha3_256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,7 +36,6 @@ from sqlalchemy import (
 )
 from sqlalchemy import text as sql_text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
-
 
 RECIPE_FAMILY_LENGTH = 16
 RECIPE_RULE_SEPARATOR = ":"
@@ -66,6 +65,13 @@ class Truncation(StrEnum):
     SPLIT = "split"  # computed in parts, combined by their token-weighted mean
 
 
+class InputType(StrEnum):
+    """The part a text plays in retrieval. Some models want their own words in front of each."""
+
+    QUERY = "query"
+    DOCUMENT = "document"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Requests and responses of the native API
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +93,11 @@ class EmbeddingRequest(_Request):
         None,
         description="What to do with a text longer than the model's window; the setting TRUNCATION if absent.",
         examples=["refuse"],
+    )
+    input_type: InputType | None = Field(
+        None,
+        description="Put the model's words for queries or documents in front, where the catalogue knows any.",
+        examples=["document"],
     )
 
 
@@ -166,6 +177,43 @@ class SearchResult(BaseModel):
 class SemanticSearchResponse(BaseModel):
     query_text: str = Field(examples=["winter"])
     results: list[SearchResult] = Field(description="Best first, without the query itself.")
+
+
+class ModelDescription(BaseModel):
+    """A model and what is known of it; what only its file can tell is null until that is there."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: str = Field(examples=["all-MiniLM-L6-v2"])
+    state: Literal["known", "downloading", "failed", "on_disk", "loading", "loaded"] = Field(examples=["loaded"])
+    is_default: bool = Field(examples=[True])
+    kind: Literal["embedding", "reranker"] = Field(examples=["embedding"])
+    architecture: str | None = Field(None, examples=["bert"])
+    n_dims: int | None = Field(None, examples=[384])
+    window: int | None = Field(None, description="Longest text in tokens, as the model was trained.", examples=[512])
+    pooling: str | None = Field(None, examples=["mean"])
+    size_in_bytes: int | None = Field(None, examples=[27059040])
+    licence: str | None = Field(None, examples=["apache-2.0"])
+    recipe: str | None = Field(None, description="Family of its vectors, once it was loaded.", examples=["5c8b2d0f3a"])
+    percentage: float | None = Field(None, description="How far a download has come.", examples=[None])
+    error: str | None = Field(None, description="Why a download failed.", examples=[None])
+
+
+class ModelDescriptionsResponse(BaseModel):
+    models: list[ModelDescription]
+
+
+class ModelNameRequest(_Request):
+    model_name: str = Field(description="A model of the list.", examples=["all-MiniLM-L6-v2"])
+
+
+class AddModelRequest(_Request):
+    model_url: str = Field(
+        description="Address of a GGUF file on the model hub; https, on a host of MODEL_HUB_HOSTS.",
+        examples=[
+            "https://huggingface.co/nomic-ai/nomic-embed-text-v1.5-GGUF/resolve/main/nomic-embed-text-v1.5.Q8_0.gguf"
+        ],
+    )
 
 
 class MessageResponse(BaseModel):

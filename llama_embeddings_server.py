@@ -8,9 +8,11 @@ serves Swagger UI at http://127.0.0.1:8089/ . Decides nothing else: what a part 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import uvicorn
+import uvloop
 from fastapi import Depends, FastAPI
 
 import similarity_measures
@@ -27,6 +30,7 @@ from llama_embeddings.api import health, native, openai, pages
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
 from llama_embeddings.api.security import require_token
+from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import ConfigurationError, ServiceError
@@ -42,7 +46,7 @@ from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
-from llama_embeddings.settings import Settings, load_settings
+from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
 
@@ -54,6 +58,9 @@ MEGABYTE = 1024 * 1024
 SWITCH_INTERVAL_SECONDS = 0.0005
 # Open connections get this long to be answered, work without a connection this long to be committed.
 GRACEFUL_SHUTDOWN_SECONDS = 8
+BACKLOG = 2048
+# Objects made before the young ones are looked at, and how many such rounds before all are.
+GARBAGE_COLLECTION_THRESHOLDS = (10_000, 20, 100)
 DRAIN_SECONDS = 3
 
 DESCRIPTION = """
@@ -101,7 +108,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
 async def start_services(settings: Settings, backend: Backend | None, stack: AsyncExitStack) -> Services:
     """Start every part in the order in which they need each other; `stack` stops them in reverse."""
     store = await open_store(settings, stack)
-    catalogue = await open_catalogue(settings)
+    catalogue = await open_catalogue(settings, stack)
     models = await start_models(settings, backend, catalogue, stack)
     indexes = VectorIndexes()
     n_rows = await load_indexes(store, indexes)
@@ -124,10 +131,23 @@ async def open_store(settings: Settings, stack: AsyncExitStack) -> EmbeddingStor
     return store
 
 
-async def open_catalogue(settings: Settings) -> Catalogue:
+async def open_catalogue(settings: Settings, stack: AsyncExitStack) -> Catalogue:
     """The models directory with the default model in it, and the RAM disk if asked for and permitted."""
+    downloads = Downloads(
+        settings.models_directory,
+        endpoint=settings.hub_endpoint,
+        allowed_hosts=frozenset(host.strip() for host in settings.model_hub_hosts.split(",")),
+        max_bytes=int(settings.max_model_size_in_gb * 1024 * MEGABYTE),
+        token=settings.hub_token or None,
+    )
+    stack.push_async_callback(downloads.close)
     ramdisk = RamdiskOptions(settings.ramdisk_path, settings.ramdisk_size_in_gb) if settings.use_ramdisk else None
-    catalogue = Catalogue(settings.models_directory, ramdisk=ramdisk)
+    catalogue = Catalogue(
+        settings.models_directory,
+        downloads,
+        downloads_on_demand=settings.download_models_on_demand,
+        ramdisk=ramdisk,
+    )
     await asyncio.to_thread(catalogue.get_missing_default_model, settings.default_model_name)
     await asyncio.to_thread(catalogue.set_up_ramdisk)
     logger.info("Found models: %s", ", ".join(catalogue.names()) or "none")
@@ -197,11 +217,21 @@ def find_security_token(settings: Settings) -> str | None:
     if settings.security_token:
         return settings.security_token
     path = settings.security_token_path
-    if path.is_file():
-        return path.read_text().strip()
+    if path.exists():
+        return _read_secret(path)
     token = secrets.token_urlsafe(32)
     _keep_secret(path, token)
     print(f"Made a security token, kept in {path}. It is shown this once:\n\n    {token}\n", flush=True)
+    return token
+
+
+def _read_secret(path: Path) -> str:
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"SECURITY_TOKEN_PATH: {path} cannot be read ({error}).") from None
+    if len(token) < MIN_TOKEN_LENGTH:
+        raise ConfigurationError(f"SECURITY_TOKEN_PATH: {path} holds no token; delete it, and a new one is made.")
     return token
 
 
@@ -226,6 +256,8 @@ def bind(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # Not left to uvicorn: until then another server could bind the port, too. Clients wait in the backlog.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigurationError(
@@ -249,17 +281,39 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     host, port = listener.getsockname()[:2]
     logger.info("Starting; will answer on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(app, listener))
+    except ServiceError as error:
+        logger.error("Cannot start: %s", error.message)
+        print(f"Cannot start: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Start everything, answer until SIGTERM or SIGINT, stop everything. Raises ServiceError if it cannot start."""
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
+            backlog=BACKLOG,
+            # Run here, so that a failure to start is ours to explain.
+            lifespan="off",
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
         )
     )
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
+    async with app.router.lifespan_context(app):
+        # The server raises the signal that ended it again when it is done; the parts must still be stopped then.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        # What was made for good is left out of garbage collections, which would stop the event loop for its sake.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GARBAGE_COLLECTION_THRESHOLDS)
+        await server.serve(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ sys.path.insert(0, str(PROJECT_DIRECTORY))
 
 import similarity_measures  # noqa: E402 - the project is not installed, only put on the path
 from embeddings_data_models import Base  # noqa: E402
+from llama_embeddings.catalogue.entries import ENTRIES  # noqa: E402
 from llama_embeddings.settings import setting_fields  # noqa: E402
 
 
@@ -46,6 +47,16 @@ def render_schema_table() -> str:
     return "\n".join(["| table | columns |", "|---|---|", *rows])
 
 
+def render_catalogue_table() -> str:
+    rows = ["| model | kind | dimensions | window | licence | taken from |", "|---|---|---|---|---|---|"]
+    for entry in ENTRIES.values():
+        known = (entry.n_dims, entry.window, entry.licence)
+        n_dims, window, licence = ("" if fact is None else fact for fact in known)
+        name, kind = f"`{entry.name}`", entry.kind
+        rows.append(f"| {name} | {kind} | {n_dims} | {window} | {licence} | `{entry.source.repository}` |")
+    return "\n".join(rows)
+
+
 def render_env_file() -> str:
     lines = [
         "# Every setting with its default. An environment variable of the same name wins over this file.",
@@ -62,6 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": render_settings_table,
     "measures": render_measures_table,
     "schema": render_schema_table,
+    "catalogue": render_catalogue_table,
 }
 
 

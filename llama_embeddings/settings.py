@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 from decouple import Config, RepositoryEmpty, RepositoryEnv
 
 from llama_embeddings.errors import ConfigurationError
+
+MIN_TOKEN_LENGTH = 16
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent
 
@@ -37,6 +40,8 @@ def _number(
             value = kind(text.strip())
         except ValueError:
             raise ValueError("must be a whole number" if kind is int else "must be a number") from None
+        if math.isinf(value):
+            raise ValueError("must be a finite number")
         if not minimum <= value <= maximum:
             bound = f"at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
             raise ValueError(f"must be {bound}")
@@ -97,6 +102,22 @@ class Settings:
     )
     model_aliases: str = _setting(
         "MODEL_ALIASES", "", _text, "Other names for models: `alias=model` pairs, separated by commas."
+    )
+    download_models_on_demand: bool = _setting(
+        "DOWNLOAD_MODELS_ON_DEMAND", True, _boolean, "Fetch a model of the catalogue when it is first asked for."
+    )
+    hub_endpoint: str = _setting(
+        "HF_ENDPOINT", "https://huggingface.co", _required_text, "Address of the model hub, or of a mirror of it."
+    )
+    hub_token: str = _setting("HF_TOKEN", "", _text, "Your token for the model hub, for models that ask for one.")
+    model_hub_hosts: str = _setting(
+        "MODEL_HUB_HOSTS",
+        "huggingface.co",
+        _required_text,
+        "Hosts that `/add_new_model/` may take models from, separated by commas.",
+    )
+    max_model_size_in_gb: float = _setting(
+        "MAX_MODEL_SIZE_IN_GB", 20, _number(float, 0.001), "Largest model file that is downloaded."
     )
     max_loaded_models: int = _setting(
         "MAX_LOADED_MODELS", 3, _number(int, 1), "Models in memory at a time; the least recently used leaves first."
@@ -198,8 +219,10 @@ class Settings:
     log_level: str = _setting("LOG_LEVEL", "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "How much is logged.")
 
     def __post_init__(self) -> None:
-        if self.security_token and len(self.security_token) < 16:
-            raise ConfigurationError("SECURITY_TOKEN must have at least 16 characters.", setting="SECURITY_TOKEN")
+        if self.security_token and len(self.security_token) < MIN_TOKEN_LENGTH:
+            raise ConfigurationError(
+                f"SECURITY_TOKEN must have at least {MIN_TOKEN_LENGTH} characters.", setting="SECURITY_TOKEN"
+            )
         if not (self.requires_token or self.allow_unauthenticated_network_access or is_loopback(self.listen_host)):
             raise ConfigurationError(
                 f"LISTEN_HOST={self.listen_host} can be reached from the network, but no token is asked for. Set "

@@ -16,6 +16,8 @@ from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 
+LARGEST_INTEGER = 2**63 - 1  # the database's
+
 
 async def get_services(request: Request) -> Services:
     services: Services = request.app.state.services
@@ -37,8 +39,8 @@ async def _stamp(
 
 Stamp = Annotated[RequestStamp, Depends(_stamp)]
 ModelName = Annotated[str | None, Query(description="Only of this model; of all models if absent.")]
-Limit = Annotated[int | None, Query(ge=1, description="How many at most; all if absent.")]
-Offset = Annotated[int, Query(ge=0, description="How many to leave out first.")]
+Limit = Annotated[int | None, Query(ge=1, le=LARGEST_INTEGER, description="How many at most; all if absent.")]
+Offset = Annotated[int, Query(ge=0, le=LARGEST_INTEGER, description="How many to leave out first.")]
 JsonFormat = Annotated[
     Literal["records", "split", "index", "columns", "values", "table"],
     Query(description="Orientation of the rows, as in pandas' `to_json`."),

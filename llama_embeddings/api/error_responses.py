@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,6 +31,7 @@ STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.InvalidToken: 401,
     errors.Overloaded: 429,
     errors.Unavailable: 503,
+    errors.DownloadFailed: 502,
     errors.ServiceError: 500,
 }
 
@@ -55,6 +57,7 @@ DESCRIPTIONS = {
     422: "A field is missing or has a wrong type, or a document cannot be read.",
     429: "Too much is waiting already; `Retry-After` says when to try again.",
     500: "A fault of the server; the log has it under the request id.",
+    502: "A model could not be downloaded; the message says why.",
     503: "The model is loading, the store is busy or the server is stopping; `Retry-After` says when to try again.",
 }
 
@@ -82,16 +85,18 @@ async def _answer_validation_error(request: Request, error: Exception) -> Respon
 
 def _describe_validation(problems: Sequence[Any]) -> errors.InvalidInput:
     """One sentence for all problems; the first one's place. The caller's input is not repeated."""
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return errors.InvalidInput(f"The body is not valid JSON: {reason} at character {first['loc'][-1]}.")
     sentences = []
     for problem in problems:
         place = ".".join(str(part) for part in problem["loc"][1:]) or str(problem["loc"][0])
         sentences.append(f"{place}: {problem['msg']}")
-    first = problems[0]["loc"]
-    index = next((part for part in first if isinstance(part, int)), None)
-    field = next((part for part in reversed(first[1:]) if isinstance(part, str)), None)
-    # For malformed JSON the place is an offset into the body, not a position in a list.
-    is_json_error = problems[0]["type"] == "json_invalid"
-    return errors.InvalidInput("; ".join(sentences), field=field, index=None if is_json_error else index)
+    index = next((part for part in first["loc"] if isinstance(part, int)), None)
+    # The first name is the parameter; what follows may be the variants of its type that were tried.
+    field = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
+    return errors.InvalidInput("; ".join(sentences), field=field, index=index)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -106,7 +111,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
-    logger.error("Unexpected failure of %s %s", request.method, request.url.path, exc_info=error)
+    logger.error("Unexpected failure of %s %s", request.method, quote(request.url.path), exc_info=error)
     described = errors.ServiceError("The server failed to answer; its log has the reason under this request id.")
     return render_error(request, 500, described)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,7 +50,8 @@ class RequestContext:
         finally:
             milliseconds = 1000 * (time.monotonic() - started)
             level = logging.DEBUG if scope["path"] == "/health" else logging.INFO
-            logger.log(level, "%s %s %d in %.1f ms", scope["method"], scope["path"], status, milliseconds)
+            # Quoted again: a path can hold line breaks that would look like lines of the log's own.
+            logger.log(level, "%s %s %d in %.1f ms", scope["method"], quote(scope["path"]), status, milliseconds)
 
 
 def _find_request_id(scope: Scope) -> str:

@@ -10,12 +10,15 @@ from fastapi import APIRouter, UploadFile
 from fastapi.responses import Response
 
 from embeddings_data_models import (
+    AddModelRequest,
     AllDocumentsResponse,
     AllStringsResponse,
     EmbeddingRequest,
     EmbeddingResponse,
     FirstVersionSemanticSearchRequest,
     MessageResponse,
+    ModelDescriptionsResponse,
+    ModelNameRequest,
     ModelNamesResponse,
     SearchResult,
     SemanticSearchRequest,
@@ -42,11 +45,13 @@ from llama_embeddings.api.dependencies import (
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.services.downloads import Download, render_document, render_token_level_bundle
 from llama_embeddings.services.embeddings import EmbeddingAnswer
+from llama_embeddings.services.search import SearchHit
 
 router = APIRouter()
 
-_LISTING_ERRORS = describe_statuses(401, 422, 503)
-_COMPUTING_ERRORS = describe_statuses(400, 401, 404, 413, 422, 429, 500, 503)
+_LISTING_ERRORS = describe_statuses(401, 404, 422, 503)
+_COMPUTING_ERRORS = describe_statuses(400, 401, 404, 413, 422, 429, 500, 502, 503)
+_MODEL_ERRORS = describe_statuses(400, 401, 404, 422, 429, 500, 502, 503)
 _ZIP_OR_JSON: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "JSON, or a zip file that holds it.",
@@ -96,7 +101,11 @@ async def get_all_stored_documents(
 async def get_embedding_vector_for_string(request: EmbeddingRequest, embeddings: Embeddings, stamp: Stamp) -> Response:
     """The embedding vector of a text, from the store or computed now. Headers say how it came about."""
     answers = await embeddings.get_or_compute(
-        [request.text], model_name=request.model_name, truncation=request.truncation, stamp=stamp
+        [request.text],
+        model_name=request.model_name,
+        truncation=request.truncation,
+        input_type=request.input_type,
+        stamp=stamp,
     )
     return render_json({"embedding": answers[0].vector}, describe_answers(answers))
 
@@ -163,9 +172,13 @@ async def search_stored_embeddings_with_query_string_for_semantic_similarity(
     request: SemanticSearchRequest, search: Search, stamp: Stamp
 ) -> SemanticSearchResponse:
     """The stored texts nearest in meaning to the query, best first, without the query itself."""
-    return await _search(
-        search, request.query_text, request.number_of_most_similar_strings_to_return, request.model_name, stamp
+    hits = await search.search(
+        request.query_text,
+        count=request.number_of_most_similar_strings_to_return,
+        model_name=request.model_name,
+        stamp=stamp,
     )
+    return _render_hits(request.query_text, hits)
 
 
 @router.post(
@@ -175,15 +188,17 @@ async def get_most_similar_string_from_database(
     request: FirstVersionSemanticSearchRequest, search: Search, stamp: Stamp
 ) -> SemanticSearchResponse:
     """The first version's search: `text` for the query, three results by default."""
-    return await _search(
-        search, request.text, request.number_of_most_similar_strings_to_return, request.model_name, stamp
+    hits = await search.search(
+        request.text,
+        count=request.number_of_most_similar_strings_to_return,
+        model_name=request.model_name,
+        stamp=stamp,
+        field="text",
     )
+    return _render_hits(request.text, hits)
 
 
-async def _search(
-    search: Search, query_text: str, count: int, model_name: str | None, stamp: Stamp
-) -> SemanticSearchResponse:
-    hits = await search.search(query_text, count=count, model_name=model_name, stamp=stamp)
+def _render_hits(query_text: str, hits: Sequence[SearchHit]) -> SemanticSearchResponse:
     results = [SearchResult(search_result_text=hit.text, similarity_to_query_text=hit.similarity) for hit in hits]
     return SemanticSearchResponse(query_text=query_text, results=results)
 
@@ -216,6 +231,30 @@ async def get_all_embedding_vectors_for_document(
     return render_download(
         render_document(document, json_format=json_format, as_zip=send_back_json_or_zip_file == "zip")
     )
+
+
+@router.get("/get_list_of_models_with_their_states/", tags=["Models"], responses=describe_statuses(401))
+async def get_list_of_models_with_their_states(models: Models) -> ModelDescriptionsResponse:
+    """Every model: loaded, on disk, being downloaded (with its percentage), or known how to get."""
+    return ModelDescriptionsResponse(models=await models.describe())
+
+
+@router.post("/load_model/", tags=["Models"], responses=_MODEL_ERRORS)
+async def load_model(request: ModelNameRequest, models: Models) -> MessageResponse:
+    """Load a model now rather than at the first request for it; one of the catalogue is downloaded first."""
+    return MessageResponse(message=await models.load(request.model_name))
+
+
+@router.post("/unload_model/", tags=["Models"], responses=_MODEL_ERRORS)
+async def unload_model(request: ModelNameRequest, models: Models) -> MessageResponse:
+    """Free a model's memory; its file and its embeddings stay."""
+    return MessageResponse(message=await models.unload(request.model_name))
+
+
+@router.post("/add_new_model/", tags=["Models"], status_code=202, responses=describe_statuses(400, 401, 422, 429, 503))
+async def add_new_model(request: AddModelRequest, models: Models) -> MessageResponse:
+    """Download a GGUF from its address on the model hub; the list of models says how far it is."""
+    return MessageResponse(message=models.add(request.model_url))
 
 
 @router.post("/clear_ramdisk/", tags=["Models"], responses=describe_statuses(401, 500))

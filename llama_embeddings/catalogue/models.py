@@ -16,17 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ramdisk_functions
-from embeddings_data_models import ModelFile
+from embeddings_data_models import InputType, ModelFile
 from llama_embeddings.catalogue.default_model import MODEL_NAME as DEFAULT_MODEL_NAME
 from llama_embeddings.catalogue.default_model import get_default_model
-from llama_embeddings.catalogue.gguf_check import check_gguf
-from llama_embeddings.errors import ModelNotFound, RamdiskFailed
+from llama_embeddings.catalogue.downloads import Downloads, DownloadStage, DownloadState
+from llama_embeddings.catalogue.entries import ENTRIES, CatalogueEntry
+from llama_embeddings.catalogue.gguf_check import GgufSummary, check_gguf
+from llama_embeddings.errors import DownloadFailed, ModelLoading, ModelNotFound, RamdiskFailed, ServiceError
 
 logger = logging.getLogger(__name__)
 
 # Two texts, the cosine similarity of their float32 embeddings by the model's own reference implementation, and how
 # far a quantised file may be from it.
 KNOWN_SIMILARITIES = {DEFAULT_MODEL_NAME: ("I feel extremely chilly", "I am so cold", 0.742, 0.03)}
+
+DOWNLOAD_RETRY_AFTER_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,32 @@ class RamdiskOptions:
     size_in_gb: float
 
 
-class Catalogue:
-    """The models of one directory."""
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """What the catalogue knows of a model, loaded or not. `summary` is there once its file is."""
 
-    def __init__(self, models_directory: Path, *, ramdisk: RamdiskOptions | None = None) -> None:
+    name: str
+    entry: CatalogueEntry | None
+    summary: GgufSummary | None
+    download: DownloadState | None
+
+
+class Catalogue:
+    """The models of one directory, and those that can be downloaded into it."""
+
+    def __init__(
+        self,
+        models_directory: Path,
+        downloads: Downloads,
+        *,
+        downloads_on_demand: bool = True,
+        ramdisk: RamdiskOptions | None = None,
+    ) -> None:
         self._directory = models_directory
+        self._downloads = downloads
+        self._downloads_on_demand = downloads_on_demand
         self._ramdisk = ramdisk
+        self._summaries: dict[str, GgufSummary] = {}
         self._files: dict[str, tuple[tuple[int, int], ModelFile]] = {}
 
     def names(self) -> list[str]:
@@ -68,15 +92,76 @@ class Catalogue:
         # The name comes from a request: only one that a file in this very directory can have is looked for.
         stamp = _file_stamp(path) if path.parent == self._directory and path.name == f"{name}.gguf" else None
         if stamp is None:
-            raise ModelNotFound(name, self.names())
+            raise self._explain_absence(name)
         known = self._files.get(name)
         if known is None or known[0] != stamp:
             known = (stamp, await asyncio.to_thread(self._examine, name, path, stamp))
             self._files[name] = known
         return self._on_ramdisk(known[1])
 
+    def _explain_absence(self, name: str) -> ServiceError:
+        """What to tell those who ask for a model without a file; starts its download if that is known how."""
+        entry = ENTRIES.get(name)
+        if entry is None or not self._downloads_on_demand:
+            return ModelNotFound(name, self.names())
+        state = self._downloads.states().get(name)
+        if state is not None and state.state is DownloadStage.FAILED and state.error is not None:
+            return DownloadFailed(f"The model {name!r} could not be downloaded: {state.error}")
+        self._downloads.start(entry)
+        share = f" ({state.percentage:g} %)" if state is not None and state.percentage is not None else ""
+        return ModelLoading(
+            f"The model {name!r} is being downloaded{share}; try again later.",
+            retry_after_seconds=DOWNLOAD_RETRY_AFTER_SECONDS,
+        )
+
+    def start_download(self, name: str) -> None:
+        """Download a model of the catalogue in the background, again if it failed. Raises ModelNotFound."""
+        if name not in ENTRIES:
+            raise ModelNotFound(name, [*self.names(), *ENTRIES])
+        self._downloads.start(ENTRIES[name])
+
+    def add(self, url: str) -> str:
+        """Download a GGUF from its address in the background; returns the model's name. Raises InvalidInput."""
+        entry = self._downloads.parse_address(url)
+        self._downloads.start(entry)
+        return entry.name
+
+    async def describe(self) -> list[KnownModel]:
+        """Every model: those that are there, on their way, or in the catalogue."""
+        states = self._downloads.states()
+        present = self.names()
+        names = sorted({*present, *states, *ENTRIES})
+        return [
+            KnownModel(
+                name,
+                ENTRIES.get(name),
+                await self._summary(name) if name in present else None,
+                states.get(name),
+            )
+            for name in names
+        ]
+
+    async def _summary(self, name: str) -> GgufSummary | None:
+        try:
+            await self.find(name)
+        except ServiceError:
+            return None
+        return self._summaries.get(name)
+
+    def pooling(self, name: str) -> str | None:
+        """What the catalogue says instead of the model's file."""
+        entry = ENTRIES.get(name)
+        return entry.pooling if entry is not None else None
+
+    def prompt(self, name: str, input_type: InputType | None) -> str:
+        """What goes in front of a text that plays this part."""
+        entry = ENTRIES.get(name)
+        if entry is None or input_type is None:
+            return ""
+        return entry.query_prompt if input_type is InputType.QUERY else entry.document_prompt
+
     def _examine(self, name: str, path: Path, stamp: tuple[int, int]) -> ModelFile:
-        check_gguf(path)
+        self._summaries[name] = check_gguf(path)
         sidecar = path.with_name(path.name + ".measured.json")
         return ModelFile(name, path, _find_digest(path, stamp), stamp[0], sidecar)
 

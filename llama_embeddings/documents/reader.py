@@ -59,9 +59,10 @@ class DocumentReader:
         if self._pool is None:
             # A forked child would inherit the engine's locks in whatever state they are.
             self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._pool, read_document, data, self._minimum_length)
+            # On a thread: the first submission starts the process, which takes its time.
+            future = await asyncio.to_thread(self._pool.submit, read_document, data, self._minimum_length)
+            return await asyncio.wrap_future(future)
         except BrokenProcessPool:
             self._pool = None
             logger.exception("The process that reads documents died; the next document gets a new one")

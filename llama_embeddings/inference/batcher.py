@@ -40,6 +40,7 @@ MIN_RETRY_AFTER_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 # So many groups are asked in vain for a text that fits the rest of a pass, before it is closed.
 MAX_PASSED_OVER = 16
+STOPPED_MESSAGE = "The engine of this model has stopped; the log has the reason."
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,14 @@ class Batcher:
         self._pooling = pooling
         self._limits = limits
         self._queue = _Queue()
-        self._contexts = [open_context() for _ in range(limits.n_workers)]
+        self._contexts: list[Context] = []
+        try:
+            for _ in range(limits.n_workers):
+                self._contexts.append(open_context())
+        except BaseException:  # the model is freed next, and no context may outlive it
+            self._close_contexts()
+            raise
+        self._max_tokens = min(context.max_tokens for context in self._contexts)
         self.counters = BatcherCounters()
         self.failure: BaseException | None = None
         self._threads = [
@@ -165,6 +173,9 @@ class Batcher:
             raise
 
     def _make_group(self, jobs: Sequence[Job]) -> _Group:
+        longest = max(len(job.tokens) for job in jobs)
+        if longest > self._max_tokens or any(len(job.tokens) == 0 for job in jobs):
+            raise InferenceFailed(f"A text of {longest} tokens, or of none, cannot be computed in one pass.")
         loop = asyncio.get_running_loop()
         shortest_first = sorted(range(len(jobs)), key=lambda position: len(jobs[position].tokens))
         return _Group(
@@ -189,7 +200,7 @@ class Batcher:
 
     def _check_admission(self) -> None:
         if self.failure is not None:
-            raise InferenceFailed("The engine of this model has stopped; the log has the reason.")
+            raise InferenceFailed(STOPPED_MESSAGE)
         if self._queue.stopping:
             raise ShuttingDown("The server is shutting down.", retry_after_seconds=5.0)
         if self._queue.n_tokens >= self._limits.max_queued_tokens:
@@ -229,21 +240,30 @@ class Batcher:
         """Measured over the last passes; 0 before the first."""
         return self._queue.tokens_per_second
 
-    def stop(self, *, timeout_seconds: float) -> None:
+    def stop(self, *, timeout_seconds: float) -> bool:
         """Finish what waits, answer what is left with ShuttingDown, end the threads, close the contexts.
 
+        False if a pass did not end within another time limit: its context is still in use, so nothing may be freed.
         Blocks; call it from a thread other than the event loop's.
         """
-        deadline = time.monotonic() + timeout_seconds
         with self._queue.changed:
             self._queue.stopping = True
             self._queue.changed.notify_all()
+        self._join_threads(timeout_seconds)
+        self._answer_waiting(ShuttingDown("The server is shutting down.", retry_after_seconds=5.0))
+        if not self._join_threads(timeout_seconds):
+            logger.error("A pass does not end; its model's memory is left to the end of the process")
+            return False
+        self._close_contexts()
+        return True
+
+    def _join_threads(self, timeout_seconds: float) -> bool:
+        deadline = time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._answer_waiting(ShuttingDown("The server is shutting down.", retry_after_seconds=5.0))
-        for thread in self._threads:
-            # At most one pass is still running on each; its context must not be freed under it.
-            thread.join()
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _close_contexts(self) -> None:
         for context in self._contexts:
             context.close()
         self._contexts.clear()
@@ -253,6 +273,7 @@ class Batcher:
             groups = list(self._queue.groups)
             self._queue.groups.clear()
             self._queue.n_texts = self._queue.n_tokens = 0
+            self._queue.changed.notify_all()
         for group in groups:
             for position in group.waiting:
                 group.results[position] = error
@@ -267,12 +288,16 @@ class Batcher:
                 entries, n_threads = taken
                 try:
                     self._run_pass(context, entries, n_threads)
+                except BaseException as error:  # whatever it was: nobody may go on waiting for this pass
+                    self.failure = error
+                    self._hand_over(entries, [InferenceFailed(STOPPED_MESSAGE)] * len(entries))
+                    raise
                 finally:
                     self._finish_pass(entries)
         except BaseException as error:  # the last resort of a thread: nobody above would see it
             logger.exception("An embedding worker ended; its model answers with errors from now on")
             self.failure = error
-            self._answer_waiting(InferenceFailed("The engine of this model has stopped; the log has the reason."))
+            self._answer_waiting(InferenceFailed(STOPPED_MESSAGE))
 
     def _wait_for_pass(self, context: Context) -> tuple[list[_Entry], int] | None:
         queue = self._queue
@@ -321,7 +346,9 @@ class Batcher:
         with self._queue.changed:
             self._queue.n_busy_workers -= 1
             self._queue.n_texts_in_flight -= len(entries)
-            if self._queue.groups:
+            if self._queue.stopping:
+                self._queue.changed.notify_all()  # those that wait for their turn must see the end, too
+            elif self._queue.groups:
                 self._queue.changed.notify()
 
     def _run_pass(self, context: Context, entries: Sequence[_Entry], n_threads: int) -> None:
@@ -378,7 +405,7 @@ class Batcher:
             counters.n_failed_texts += sum(isinstance(outcome, ServiceError) for outcome in outcomes)
             counters.queue_seconds += sum(started - entry.group.arrived for entry in entries)
             counters.compute_seconds += seconds
-            rate = n_tokens / seconds * self._queue.n_busy_workers
+            rate = n_tokens / max(seconds, 1e-6) * self._queue.n_busy_workers
             known = self._queue.tokens_per_second
             self._queue.tokens_per_second = known + RATE_SMOOTHING * (rate - known) if known else rate
 

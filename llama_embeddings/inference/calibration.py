@@ -3,7 +3,7 @@
 Attention over a packed pass grows with the square of its tokens, so that small passes win for small models, and
 large ones lose less to overheads; contexts of one thread side by side beat one context of many threads for
 small models, not for all. Neither is known before it is measured, and measuring takes a second or two.
-Does not decide when to measure or where to keep the result; `model_files` does that.
+Does not decide when to measure or where to keep the result; `model_cache` does that.
 """
 
 from __future__ import annotations
@@ -60,20 +60,31 @@ def candidate_layouts(n_cores: int) -> list[Layout]:
     return layouts
 
 
-def calibrate(open_context: Callable[[], Context], *, n_vocabulary: int, n_cores: int, seconds: float) -> Calibration:
-    """Measure layouts, then budgets, then threads for a lone text, for about `seconds` in all."""
+def calibrate(
+    open_context: Callable[[], Context],
+    *,
+    n_vocabulary: int,
+    n_cores: int,
+    seconds: float,
+    window: int = TOKENS_PER_TEXT,
+) -> Calibration:
+    """Measure layouts, then budgets, then threads for a lone text, for about `seconds` in all.
+
+    No text is longer than `window`: llama.cpp ends the process at a position that a model does not have.
+    """
     deadline = time.monotonic() + seconds
-    contexts = [open_context() for _ in range(n_cores)]
+    contexts: list[Context] = []
     try:
-        return _calibrate_on(contexts, n_vocabulary, n_cores, deadline)
+        for _ in range(n_cores):
+            contexts.append(open_context())  # noqa: PERF401 those opened are closed if another cannot be
+        return _calibrate_on(_PassTimer(contexts, n_vocabulary, min(window, TOKENS_PER_TEXT)), n_cores, deadline)
     finally:
         for context in contexts:
             context.close()
 
 
-def _calibrate_on(contexts: Sequence[Context], n_vocabulary: int, n_cores: int, deadline: float) -> Calibration:
+def _calibrate_on(measure: _PassTimer, n_cores: int, deadline: float) -> Calibration:
     first_budget = BUDGET_ORDER[0]
-    measure = _PassTimer(contexts, n_vocabulary)
     measure.tokens_per_second(Layout(n_cores, 1), first_budget)  # warms up memory and caches
     rates = {layout: measure.tokens_per_second(layout, first_budget) for layout in candidate_layouts(n_cores)[:1]}
     for layout in candidate_layouts(n_cores)[1:]:
@@ -82,7 +93,7 @@ def _calibrate_on(contexts: Sequence[Context], n_vocabulary: int, n_cores: int, 
     layout = _choose(rates)
     budgets = {first_budget: rates[layout]}
     for budget in BUDGET_ORDER[1:]:
-        if time.monotonic() < deadline and budget <= contexts[0].max_tokens:
+        if time.monotonic() < deadline and budget <= measure.contexts[0].max_tokens:
             budgets[budget] = measure.tokens_per_second(layout, budget)
     budget = _choose(budgets)
     n_threads = _choose({n: 1.0 / measure.lone_text_seconds(n) for n in sorted({1, n_cores})})
@@ -102,18 +113,20 @@ def _choose(rates: dict[_Candidate, float]) -> _Candidate:
 class _PassTimer:
     """Runs passes of random tokens and takes the time."""
 
-    def __init__(self, contexts: Sequence[Context], n_vocabulary: int) -> None:
-        self._contexts = contexts
+    def __init__(self, contexts: Sequence[Context], n_vocabulary: int, n_tokens_per_text: int) -> None:
+        self.contexts = contexts
+        self._n_tokens_per_text = n_tokens_per_text
         self._random = np.random.default_rng(0)
         self._n_vocabulary = n_vocabulary
 
     def _texts(self, n_tokens: int) -> list[np.ndarray]:
-        count = max(1, n_tokens // TOKENS_PER_TEXT)
-        return [self._random.integers(0, self._n_vocabulary, TOKENS_PER_TEXT, dtype=np.int32) for _ in range(count)]
+        length = self._n_tokens_per_text
+        count = min(max(1, n_tokens // length), self.contexts[0].max_sequences)
+        return [self._random.integers(0, self._n_vocabulary, length, dtype=np.int32) for _ in range(count)]
 
     def tokens_per_second(self, layout: Layout, budget: int, *, n_passes: int = 2) -> float:
         texts = self._texts(budget)
-        contexts = self._contexts[: layout.n_workers]
+        contexts = self.contexts[: layout.n_workers]
 
         def run(context: Context) -> None:
             for _ in range(n_passes):
@@ -125,7 +138,7 @@ class _PassTimer:
             thread.start()
         for thread in threads:
             thread.join()
-        n_tokens = len(contexts) * n_passes * len(texts) * TOKENS_PER_TEXT
+        n_tokens = len(contexts) * n_passes * sum(map(len, texts))
         return n_tokens / (time.perf_counter() - started)
 
     def lone_text_seconds(self, n_threads: int, *, n_passes: int = 5) -> float:
@@ -133,6 +146,6 @@ class _PassTimer:
         seconds = []
         for _ in range(n_passes):
             started = time.perf_counter()
-            self._contexts[0].compute(texts, n_threads=n_threads)
+            self.contexts[0].compute(texts, n_threads=n_threads)
             seconds.append(time.perf_counter() - started)
         return float(np.median(seconds))

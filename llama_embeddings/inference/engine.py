@@ -21,7 +21,7 @@ from llama_embeddings.inference.pooling import combine_parts, normalise
 
 # Tokenising this many characters takes about a millisecond; more is done on a thread, off the event loop.
 MAX_CHARACTERS_TOKENISED_INLINE = 20_000
-STOP_TIMEOUT_SECONDS = 10.0
+STOP_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ class EmbeddingEngine:
     @property
     def info(self) -> ModelInfo:
         return self._model.info
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a worker has ended, so that no text is answered any more."""
+        return self.batcher.failure is not None
 
     async def prepare(self, texts: Sequence[str], truncation: Truncation) -> list[PreparedText | InvalidInput]:
         """Tokenise all texts; one prepared text or one refusal per text, in order."""
@@ -143,5 +148,5 @@ class EmbeddingEngine:
 
     def close(self) -> None:
         """Drain the queue, end the threads, free the model. Blocks; call it on a thread."""
-        self.batcher.stop(timeout_seconds=STOP_TIMEOUT_SECONDS)
-        self._model.close()
+        if self.batcher.stop(timeout_seconds=STOP_TIMEOUT_SECONDS):
+            self._model.close()

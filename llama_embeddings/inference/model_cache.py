@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import platform
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -63,15 +63,19 @@ class ModelCache:
         self._max_loaded_models = max_loaded_models
         self._max_memory_in_bytes = max_memory_in_bytes
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[_Slot]] = {}
+        self._loading: dict[tuple[str, str], asyncio.Task[_Slot]] = {}
+        # Callers that wait for a load, by name and digest: what they are about to use must not be unloaded.
+        self._n_waiting: Counter[tuple[str, str]] = Counter()
+        # One load at a time: each must see the room that the others take, and measures alone.
+        self._load_lock = asyncio.Lock()
         self._known_infos: dict[tuple[str, str], ModelInfo] = {}
 
     @asynccontextmanager
     async def lease(self, file: ModelFile, pooling: Pooling | None = None) -> AsyncIterator[EmbeddingEngine]:
         """Use a model, loading it if it is not in memory. Raises ModelUnusable, ModelLoading."""
         slot = self._slots.get(file.name)
-        if slot is None or slot.digest != file.digest:
-            slot = await self._load_once(file, pooling)
+        if slot is None or slot.digest != file.digest or slot.engine.has_failed:
+            slot = await self._wait_for_load(file, pooling)
         slot.n_users += 1
         self._slots.move_to_end(file.name)
         try:
@@ -92,19 +96,32 @@ class ModelCache:
         return [slot.engine for slot in self._slots.values()]
 
     def is_loading(self, name: str) -> bool:
-        return name in self._loading
+        return any(key[0] == name for key in self._loading)
 
-    async def _load_once(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
-        task = self._loading.get(file.name)
+    async def _wait_for_load(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
+        key = (file.name, file.digest)
+        self._n_waiting[key] += 1
+        try:
+            # A caller that goes away must not stop the load for the others.
+            return await asyncio.shield(self._start_load(file, pooling))
+        finally:
+            self._n_waiting[key] -= 1
+
+    def _start_load(self, file: ModelFile, pooling: Pooling | None) -> asyncio.Task[_Slot]:
+        key = (file.name, file.digest)
+        task = self._loading.get(key)
         if task is None:
             task = asyncio.create_task(self._load(file, pooling), name=f"load {file.name}")
-            self._loading[file.name] = task
-            task.add_done_callback(lambda _: self._loading.pop(file.name, None))
-        # A caller that goes away must not stop the load for the others.
-        return await asyncio.shield(task)
+            self._loading[key] = task
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        return task
 
     async def _load(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
-        await self._unload_replaced(file)
+        async with self._load_lock:
+            return await self._load_now(file, pooling)
+
+    async def _load_now(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
+        await self._unload_stale(file)
         await self._make_room(file.size_in_bytes)
         engine = await asyncio.to_thread(self._open_engine, file, pooling)
         for warning in engine.info.warnings:
@@ -114,20 +131,25 @@ class ModelCache:
         self._known_infos[(file.name, file.digest)] = engine.info
         return slot
 
-    async def _unload_replaced(self, file: ModelFile) -> None:
+    async def _unload_stale(self, file: ModelFile) -> None:
+        """Free the engine of a file that was replaced, or one whose worker has ended."""
         slot = self._slots.get(file.name)
         if slot is not None:
-            if slot.n_users:
-                raise ModelLoading(f"The file of {file.name!r} was replaced while in use; try again in a moment.")
+            if slot.n_users or (slot.digest != file.digest and self._is_wanted(file.name)):
+                raise ModelLoading(f"The model {file.name!r} is being replaced; try again in a moment.")
             await self.unload(file.name)
 
     async def _make_room(self, size_in_bytes: int) -> None:
         while self._is_over_limit(size_in_bytes):
-            unused = next((name for name, slot in self._slots.items() if slot.n_users == 0), None)
+            unused = next((name for name in self._slots if not self._is_wanted(name)), None)
             if unused is None:
                 raise ModelLoading("All loaded models are in use and no other may be loaded; try again in a moment.")
             logger.info("Unloading %s to make room", unused)
             await self.unload(unused)
+
+    def _is_wanted(self, name: str) -> bool:
+        slot = self._slots[name]
+        return slot.n_users > 0 or self._n_waiting[(name, slot.digest)] > 0
 
     def _is_over_limit(self, size_in_bytes: int) -> bool:
         if not self._slots:
@@ -193,18 +215,29 @@ def find_calibration(file: ModelFile, model: LoadedModel, options: EngineOptions
     """The calibration kept beside the model for this file and this machine, or a new one, kept from now on."""
     key = f"{file.digest} {_describe_processor()} {count_cores()} cores, window {model.info.window}"
     kept = _read_sidecar(file.sidecar)
-    known = kept.get(key)
+    known = _parse_calibration(kept.get(key))
     if known is not None:
-        return Calibration(**known)
+        return known
     measured = calibrate(
         model.open_context,
         n_vocabulary=model.info.n_vocabulary,
         n_cores=count_cores(),
         seconds=options.calibration_seconds,
+        window=model.info.window,
     )
     logger.info("Calibrated %s: %s", file.name, measured)
     _write_sidecar(file.sidecar, {**kept, key: asdict(measured)})
     return measured
+
+
+def _parse_calibration(entry: Any) -> Calibration | None:
+    """None for what is not a calibration: absent, of another version, or edited by hand."""
+    try:
+        found = Calibration(**entry)
+    except TypeError:
+        return None
+    counts = (found.n_workers, found.n_threads_per_worker, found.token_budget, found.n_threads_for_lone_text)
+    return found if all(isinstance(count, int) and count > 0 for count in counts) else None
 
 
 def _describe_processor() -> str:

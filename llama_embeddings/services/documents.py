@@ -10,7 +10,7 @@ from hashlib import sha3_256
 
 import numpy as np
 
-from embeddings_data_models import NewDocument, RequestStamp, Sentence, StoredDocument, utc_now
+from embeddings_data_models import InputType, NewDocument, RequestStamp, Sentence, StoredDocument, utc_now
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import UnreadableDocument
 from llama_embeddings.inference.engine import EmbeddingEngine
@@ -53,7 +53,7 @@ class DocumentService:
         """Sentences and vectors of a file. Raises UnsupportedDocumentType, UnreadableDocument, RequestTooLarge."""
         file_hash = await asyncio.to_thread(lambda: sha3_256(data).hexdigest())
         name = self._models.resolve(model_name)
-        recipe = (await self._models.recipe(model_name)).family
+        recipe = (await self._models.recipe(model_name, InputType.DOCUMENT)).family
         key = (file_hash, filename, name, recipe, self._reader.segmentation)
 
         async def fly(flight: Flight[_Key, StoredDocument]) -> dict[_Key, StoredDocument]:
@@ -68,7 +68,8 @@ class DocumentService:
         file_hash, filename, name, recipe, segmentation = key
         document = await self._reader.read(data)
         async with self._models.lease(name) as engine:
-            sentences = await asyncio.to_thread(fit_sentences, engine, document.sentences)
+            prompt = (await self._models.recipe(name, InputType.DOCUMENT)).prompt
+            sentences = await asyncio.to_thread(fit_sentences, engine, document.sentences, prompt)
         if not sentences:
             raise UnreadableDocument("The document has no sentence that the model can read.", field="file")
         answers = await self._embed(sentences, name, stamp)
@@ -111,19 +112,21 @@ class DocumentService:
         await self._flights.drain(timeout_seconds=timeout_seconds)
 
 
-def fit_sentences(engine: EmbeddingEngine, sentences: Sequence[Sentence]) -> list[Sentence]:
-    """Sentences as the model can take them: longer ones than its window halved until they fit, none cut.
+def fit_sentences(engine: EmbeddingEngine, sentences: Sequence[Sentence], prompt: str = "") -> list[Sentence]:
+    """Sentences as the model can take them after its prompt: those too long for its window halved, none cut.
 
     Sentences without a single token are left out. Blocks for a while; call it on a thread.
     """
+    n_special = engine.info.window - engine.info.room_for_text
+    n_prompt_tokens = engine.count_tokens(prompt) - n_special
     fitting: list[Sentence] = []
     waiting = list(reversed(sentences))
     while waiting:
         sentence = waiting.pop()
         n_tokens = engine.count_tokens(sentence.text)
-        if n_tokens > engine.info.window and len(sentence.text) > 1:
+        if n_tokens + n_prompt_tokens > engine.info.window and len(sentence.text) > 1:
             waiting.extend(reversed(_halve(sentence)))
-        elif n_tokens > len(engine.info.prefix_tokens) + len(engine.info.suffix_tokens):
+        elif n_tokens > n_special:
             fitting.append(sentence)
     return fitting
 

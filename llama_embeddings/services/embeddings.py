@@ -14,6 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from embeddings_data_models import (
+    InputType,
     NewEmbedding,
     Recipe,
     RequestStamp,
@@ -28,7 +29,7 @@ from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, Pre
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
-from llama_embeddings.services.texts import TextLimits, check_texts
+from llama_embeddings.services.texts import TextLimits, check_texts, place_of
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
 
@@ -98,46 +99,45 @@ class EmbeddingService:
         *,
         model_name: str | None = None,
         truncation: Truncation | None = None,
+        input_type: InputType | None = None,
         stamp: RequestStamp | None = None,
-        field: str = "text",
+        field: str | Sequence[str] = "text",
     ) -> list[EmbeddingAnswer]:
         """Embeddings of all texts, in order. Equal texts are looked up and computed once.
+
+        `field` is what errors call the texts' place: one name for a list, or one for each text.
 
         Raises the first text's error with its index, after the others have been computed and kept: InvalidInput,
         ContextLengthExceeded, RequestTooLarge, ModelNotFound, Overloaded, StoreBusy and their like.
         """
         hashes = check_texts(texts, self._limits, field=field)
-        return await self._answer(texts, hashes, model_name, truncation, stamp, field)
+        task = await self._make_task(model_name, truncation or self._default_truncation, input_type, stamp)
+        return await self._answer(texts, hashes, task, field)
 
     async def get_or_compute_sentences(
         self, texts: Sequence[str], *, model_name: str, stamp: RequestStamp
     ) -> list[EmbeddingAnswer]:
         """The same for parts of a document, which are bounded by the limits of documents, not of requests."""
         hashes = [compute_text_hash(text) for text in texts]
-        return await self._answer(texts, hashes, model_name, Truncation.REFUSE, stamp, "file")
+        task = await self._make_task(model_name, Truncation.REFUSE, InputType.DOCUMENT, stamp)
+        return await self._answer(texts, hashes, task, "file")
+
+    async def _make_task(
+        self, model_name: str | None, truncation: Truncation, input_type: InputType | None, stamp: RequestStamp | None
+    ) -> _Task:
+        recipe = await self._models.recipe(model_name, input_type)
+        return _Task(self._models.resolve(model_name), recipe, truncation, stamp or RequestStamp())
 
     async def _answer(
-        self,
-        texts: Sequence[str],
-        hashes: Sequence[str],
-        model_name: str | None,
-        truncation: Truncation | None,
-        stamp: RequestStamp | None,
-        field: str,
+        self, texts: Sequence[str], hashes: Sequence[str], task: _Task, field: str | Sequence[str]
     ) -> list[EmbeddingAnswer]:
-        task = _Task(
-            model_name=self._models.resolve(model_name),
-            recipe=await self._models.recipe(model_name),
-            truncation=truncation or self._default_truncation,
-            stamp=stamp or RequestStamp(),
-        )
         outcomes = await self._get_all(dict(zip(hashes, texts, strict=True)), task)
-        is_list = len(texts) != 1
         answers = []
         for index, text_hash in enumerate(hashes):
             outcome = outcomes[text_hash]
             if isinstance(outcome, ServiceError):
-                raise outcome.located(field=field, index=index if is_list else None)
+                name, place = place_of(field, index, len(texts))
+                raise outcome.located(field=name, index=place)
             answers.append(outcome)
             self.n_answers[outcome.source] += 1
         return answers
@@ -175,7 +175,8 @@ class EmbeddingService:
     async def _compute(
         self, engine: EmbeddingEngine, texts: dict[str, str], task: _Task, flight: Flight[_FlightKey, _Outcome]
     ) -> dict[str, _Outcome]:
-        prepared = dict(zip(texts, await engine.prepare(list(texts.values()), task.truncation), strict=True))
+        prompted = [task.recipe.prompt + text for text in texts.values()]
+        prepared = dict(zip(texts, await engine.prepare(prompted, task.truncation), strict=True))
         outcomes: dict[str, _Outcome] = {
             text_hash: outcome for text_hash, outcome in prepared.items() if isinstance(outcome, ServiceError)
         }

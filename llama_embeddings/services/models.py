@@ -6,14 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from embeddings_data_models import Recipe, Truncation
-from llama_embeddings.catalogue.models import Catalogue
-from llama_embeddings.errors import InferenceFailed, ModelUnusable, ServiceError
-from llama_embeddings.inference.backend import ModelInfo
+from embeddings_data_models import InputType, ModelDescription, Recipe, Truncation
+from llama_embeddings.catalogue.entries import ModelKind
+from llama_embeddings.catalogue.models import Catalogue, KnownModel
+from llama_embeddings.errors import ConfigurationError, InferenceFailed, ModelNotFound, ModelUnusable, ServiceError
+from llama_embeddings.inference.backend import ModelInfo, Pooling
 from llama_embeddings.inference.engine import EmbeddingEngine
 from llama_embeddings.inference.model_cache import ModelCache
 
@@ -45,6 +46,11 @@ class ModelService:
         names = self.names()
         return names + sorted(alias for alias, name in self._aliases.items() if name in names)
 
+    def check_listed(self, name: str) -> None:
+        """Raise ModelNotFound for a name that is neither a present model's nor an alias."""
+        if self.resolve(name) not in self.names():
+            raise ModelNotFound(name, self.names())
+
     async def check_known(self, name: str) -> None:
         """Raise ModelNotFound for a name that is neither a model's nor an alias."""
         await self._catalogue.find(self.resolve(name))
@@ -62,18 +68,84 @@ class ModelService:
     @asynccontextmanager
     async def lease(self, name: str | None) -> AsyncIterator[EmbeddingEngine]:
         """Use a model's engine, loading it first if need be. Raises ModelNotFound, ModelUnusable, ModelLoading."""
-        file = await self._catalogue.find(self.resolve(name))
-        async with self._cache.lease(file) as engine:
+        resolved = self.resolve(name)
+        file = await self._catalogue.find(resolved)
+        async with self._cache.lease(file, self._pooling(resolved)) as engine:
             yield engine
+
+    def _pooling(self, resolved: str) -> Pooling | None:
+        stated = self._catalogue.pooling(resolved)
+        return Pooling(stated) if stated is not None else None
 
     async def info(self, name: str | None) -> ModelInfo:
         """Facts about a model. Raises ModelNotFound, ModelUnusable, ModelLoading."""
-        return await self._cache.info(await self._catalogue.find(self.resolve(name)))
+        resolved = self.resolve(name)
+        return await self._cache.info(await self._catalogue.find(resolved), self._pooling(resolved))
 
-    async def recipe(self, name: str | None, *, prompt: str = "") -> Recipe:
-        """How this model's vectors are made."""
+    async def recipe(self, name: str | None, input_type: InputType | None = None) -> Recipe:
+        """How this model's vectors of texts that play this part are made."""
         info = await self.info(name)
+        prompt = self._catalogue.prompt(self.resolve(name), input_type)
         return Recipe(model_digest=info.digest, pooling=str(info.pooling), prompt=prompt)
+
+    async def describe(self) -> list[ModelDescription]:
+        """Every model with its state, the default first."""
+        loaded = {engine.info.name: engine.info for engine in self._cache.loaded()}
+        described = [self._describe(known, loaded.get(known.name)) for known in await self._catalogue.describe()]
+        return sorted(described, key=lambda model: (not model.is_default, model.model_name))
+
+    def _describe(self, known: KnownModel, info: ModelInfo | None) -> ModelDescription:
+        entry, summary, download = known.entry, known.summary, known.download
+        state: Any = "known"
+        if info is not None:
+            state = "loaded"
+        elif self._cache.is_loading(known.name):
+            state = "loading"
+        elif summary is not None:
+            state = "on_disk"
+        elif download is not None:
+            state = str(download.state)
+        is_reranker = (entry is not None and entry.kind is ModelKind.RERANKER) or (
+            summary is not None and summary.pooling == "rank"
+        )
+        recipe = Recipe(info.digest, str(info.pooling)).family if info is not None else None
+        return ModelDescription(
+            model_name=known.name,
+            state=state,
+            is_default=known.name == self._default_model_name,
+            kind="reranker" if is_reranker else "embedding",
+            architecture=summary.architecture if summary is not None else None,
+            n_dims=summary.n_dims if summary is not None else entry.n_dims if entry is not None else None,
+            window=summary.context_length if summary is not None else entry.window if entry is not None else None,
+            pooling=str(info.pooling) if info is not None else summary.pooling if summary is not None else None,
+            size_in_bytes=summary.size_in_bytes if summary is not None else None,
+            licence=entry.licence if entry is not None else summary.licence if summary is not None else None,
+            recipe=recipe,
+            percentage=download.percentage if download is not None and summary is None else None,
+            error=download.error if download is not None and summary is None else None,
+        )
+
+    async def load(self, name: str) -> str:
+        """Load a model, or start its download; says which. Raises ModelNotFound, ModelUnusable."""
+        resolved = self.resolve(name)
+        if resolved not in self._catalogue.names():
+            self._catalogue.start_download(resolved)
+            return f"The model {resolved!r} is being downloaded; the list of models says how far it is."
+        async with self.lease(resolved):
+            return f"The model {resolved!r} is loaded."
+
+    async def unload(self, name: str) -> str:
+        """Free a model's memory after the texts that wait for it; its file stays."""
+        resolved = self.resolve(name)
+        await self.check_known(resolved)
+        if await self._cache.unload(resolved):
+            return f"The model {resolved!r} is unloaded; the next request for it loads it again."
+        return f"The model {resolved!r} was not loaded."
+
+    def add(self, url: str) -> str:
+        """Start the download of a model from its address on the hub. Raises InvalidInput."""
+        name = self._catalogue.add(url)
+        return f"The model {name!r} is being downloaded; the list of models says how far it is."
 
     def engines(self) -> list[EmbeddingEngine]:
         """The engines in memory."""
@@ -94,7 +166,14 @@ class ModelService:
         return loop.time() - started
 
     async def check_default_model(self) -> None:
-        """Load the default model and hold it against known answers. Raises ModelUnusable if it gives others."""
+        """Load the default model and hold it against known answers.
+
+        Raises ModelUnusable if it gives others, ConfigurationError if there is no such model.
+        """
+        try:
+            await self._catalogue.find(self._default_model_name)
+        except ModelNotFound as error:
+            raise ConfigurationError(f"DEFAULT_MODEL_NAME: {error.message}", setting="DEFAULT_MODEL_NAME") from None
         async with self.lease(None) as engine:
             known = self._catalogue.known_similarity(engine.info.name)
             texts = [PROBE_TEXT, *(known[:2] if known else ())]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from embeddings_data_models import RequestStamp, Truncation
+import numpy as np
+
+from embeddings_data_models import InputType, RequestStamp, Truncation
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.storage.store import EmbeddingStore
@@ -39,26 +41,43 @@ class SearchService:
         model_name: str | None = None,
         truncation: Truncation | None = None,
         stamp: RequestStamp | None = None,
+        field: str = "query_text",
     ) -> list[SearchHit]:
         """The `count` distinct stored texts nearest to the query, best first, without the query itself.
 
         Fewer only if fewer are stored.
         """
         [answer] = await self._embeddings.get_or_compute(
-            [query_text], model_name=model_name, truncation=truncation, stamp=stamp, field="query_text"
+            [query_text],
+            model_name=model_name,
+            truncation=truncation,
+            input_type=InputType.QUERY,
+            stamp=stamp,
+            field=field,
         )
         name = self._models.resolve(model_name)
-        family = (await self._models.recipe(model_name)).family
+        # Texts embedded as documents, and those embedded without a part to play; most models make no difference.
+        families = {(await self._models.recipe(model_name, part)).family for part in (None, InputType.DOCUMENT)}
         # One more than asked for, as the query is among the stored texts; more again if that was not enough.
         n_wanted = count + 1
         while True:
-            row_ids, scores = await asyncio.to_thread(self._indexes.search, name, family, answer.vector, n_wanted)
-            texts = await self._store.texts_of_rows(row_ids.tolist())
+            found = await asyncio.to_thread(self._search_families, name, families, answer.vector, n_wanted)
+            texts = await self._store.texts_of_rows([row_id for row_id, _ in found])
             hits: dict[str, float] = {}
-            for row_id, score in zip(row_ids.tolist(), scores.tolist(), strict=True):
+            for row_id, score in found:
                 text = texts.get(row_id)
                 if text is not None and text != query_text:
                     hits.setdefault(text, score)
-            if len(hits) >= count or len(row_ids) < n_wanted:
+            if len(hits) >= count or len(found) < n_wanted:
                 return [SearchHit(text, score) for text, score in list(hits.items())[:count]]
             n_wanted *= 2
+
+    def _search_families(
+        self, name: str, families: set[str], vector: np.ndarray, count: int
+    ) -> list[tuple[int, float]]:
+        """Row ids and cosines over all families, best first."""
+        found: list[tuple[int, float]] = []
+        for family in families:
+            row_ids, scores = self._indexes.search(name, family, vector, count)
+            found.extend(zip(row_ids.tolist(), scores.tolist(), strict=True))
+        return sorted(found, key=lambda hit: -hit[1])[:count]

@@ -39,7 +39,9 @@ class SimilarityService:
             resolved = similarity_measures.resolve_measure(measure)
         except similarity_measures.UnknownMeasure as error:
             raise UnsupportedMeasure(measure, error.known) from None
-        first, second = await self._embeddings.get_or_compute([text1, text2], model_name=model_name, stamp=stamp)
+        first, second = await self._embeddings.get_or_compute(
+            [text1, text2], model_name=model_name, stamp=stamp, field=("text1", "text2")
+        )
         if resolved.kind is similarity_measures.MeasureKind.TOKENS:
             bundles = [
                 await self._token_embeddings.get_or_compute(text, model_name=model_name, stamp=stamp)

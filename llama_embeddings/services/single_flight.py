@@ -78,7 +78,10 @@ class SingleFlight(Generic[K, V]):
             flight.task.cancel()
 
     async def drain(self, *, timeout_seconds: float) -> None:
-        """Wait for all work under way; after the time limit, cancel what is not being written down already."""
+        """Wait for all work under way; after the time limit, cancel what is not being written down already.
+
+        Called when no caller is left: what is cancelled has nobody waiting for it.
+        """
         flights = set(self._flights.values())
         if not flights:
             return

@@ -17,16 +17,22 @@ class TextLimits:
     max_texts: int
 
 
-def check_texts(texts: Sequence[str], limits: TextLimits, *, field: str = "text") -> list[str]:
+def place_of(field: str | Sequence[str], index: int, count: int) -> tuple[str, int | None]:
+    """Name and index by which errors speak of one of `count` texts; a text with a name of its own has no index."""
+    if not isinstance(field, str):
+        return field[index], None
+    return field, index if count != 1 else None
+
+
+def check_texts(texts: Sequence[str], limits: TextLimits, *, field: str | Sequence[str] = "text") -> list[str]:
     """The texts' hashes. Raises InvalidInput or RequestTooLarge, which name the first bad text and why it is bad."""
     if len(texts) > limits.max_texts:
         raise RequestTooLarge(
             f"{len(texts)} texts in one request, at most {limits.max_texts} are taken (MAX_TEXTS_PER_REQUEST). "
             "Send them in several requests.",
-            field=field,
+            field=place_of(field, 0, len(texts))[0],
         )
-    is_list = len(texts) != 1
-    return [_check_text(text, limits, field, index if is_list else None) for index, text in enumerate(texts)]
+    return [_check_text(text, limits, *place_of(field, index, len(texts))) for index, text in enumerate(texts)]
 
 
 def _check_text(text: str, limits: TextLimits, field: str, index: int | None) -> str:

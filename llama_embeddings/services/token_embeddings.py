@@ -15,6 +15,7 @@ from embeddings_data_models import (
     compute_combined_feature_vector,
     utc_now,
 )
+from llama_embeddings.errors import InvalidInput
 from llama_embeddings.inference.engine import EngineResult
 from llama_embeddings.services.models import ModelService, raise_refusals
 from llama_embeddings.services.single_flight import Flight, SingleFlight
@@ -58,7 +59,10 @@ class TokenEmbeddingService:
         async def fly(flight: Flight[_Key, StoredTokenLevelBundle]) -> dict[_Key, StoredTokenLevelBundle]:
             return {key: await self._find_or_compute(text, key, recipe, stamp or RequestStamp(), flight)}
 
-        return (await self._flights.run([key], fly))[key]
+        try:
+            return (await self._flights.run([key], fly))[key]
+        except InvalidInput as error:
+            raise error.located(field="text", index=None) from None
 
     async def _find_or_compute(
         self, text: str, key: _Key, recipe: Recipe, stamp: RequestStamp, flight: Flight[_Key, StoredTokenLevelBundle]

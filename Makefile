@@ -1,0 +1,117 @@
+# What is done with this project from a shell: `make help` lists it. GNU make 3.81 (macOS) or later.
+# Settings may be given here, too: `make run LOG_LEVEL=DEBUG`. PYTHON=... chooses the interpreter for .venv.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test bench docs lock clean compiler browser test-docker
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+# Written when an installation has succeeded, so that a failed one is tried again.
+INSTALLED := $(VENV)/.requirements-installed
+INSTALLED_FOR_TESTS := $(VENV)/.requirements-dev-installed
+# What benchmarks compare with: the server that llama-cpp-python brings, whose requirements are not ours.
+PEER_VENV := .venv-peer
+PEER_INSTALLED := $(PEER_VENV)/.installed
+
+# The versions are pinned and tested with 3.11, so that one is looked for first.
+PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3 python3.14
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input
+PIP_COMPILE := $(VENV_PYTHON) -m piptools compile --quiet --strip-extras --no-allow-unsafe --annotation-style=line \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
+LOCK_OPTIONS :=
+PYTEST_OPTIONS :=
+
+help:
+	@echo 'make run          make the environment, install what is needed, serve in the foreground'
+	@echo 'make test         every check and every test'
+	@echo 'make bench        measure this machine'
+	@echo 'make docs         remake the tables of README.md and .env from the code'
+	@echo 'make lock         remake requirements.txt and requirements-dev.txt from their .in files'
+	@echo '                  (LOCK_OPTIONS=--upgrade also takes newer versions of what they need)'
+	@echo 'make test-docker  run the steps of the Dockerfile in a clean Debian root (root, debootstrap, 15 minutes)'
+	@echo 'make clean        remove the environment and caches; database, models and logs stay'
+
+run: $(INSTALLED)
+	@exec $(VENV_PYTHON) llama_embeddings_server.py
+
+test: $(INSTALLED_FOR_TESTS) browser
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+	$(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS)
+
+bench: $(INSTALLED_FOR_TESTS) $(PEER_INSTALLED)
+	$(VENV_PYTHON) -m benchmarks.engine
+
+docs: $(INSTALLED)
+	$(VENV_PYTHON) docs/remake_tables.py
+
+test-docker: $(INSTALLED_FOR_TESTS)
+	$(VENV_PYTHON) tests/integration/dockerfile_in_chroot.py
+
+# The header of the made files names this command.
+lock: export CUSTOM_COMPILE_COMMAND := make lock
+lock: $(VENV_PYTHON)
+	$(PIP_INSTALL) --quiet "$$(grep '^pip-tools==' requirements-dev.in)"
+	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements.txt requirements.in
+	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements-dev.txt requirements-dev.in
+
+clean:
+	rm -rf $(VENV) $(PEER_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV_PYTHON): | compiler
+	@found=; without_venv=; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",$(PYTHON_CANDIDATES)); do \
+		"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+		if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then found=$$candidate; break; fi; \
+		without_venv=$$candidate; \
+	done; \
+	if [ -z "$$found" ] && [ -n "$$without_venv" ]; then \
+		echo "$$without_venv has no venv module: install it (Debian and Ubuntu: apt install python3-venv) and start again." >&2; \
+		exit 1; \
+	elif [ -z "$$found" ]; then \
+		echo "Python 3.11 or later is needed and was not found$(if $(PYTHON), at $(PYTHON)): install it, or name it with make PYTHON=/path/to/python3." >&2; \
+		exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$found"; \
+	"$$found" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(INSTALLED): requirements.txt $(VENV_PYTHON) | compiler
+	@echo 'Installing requirements.txt; the first time llama.cpp is built, this takes some minutes, once.'
+	$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+$(INSTALLED_FOR_TESTS): requirements-dev.txt $(INSTALLED)
+	$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(PEER_INSTALLED): requirements.txt $(INSTALLED)
+	$(VENV_PYTHON) -m venv --clear $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --disable-pip-version-check --no-input \
+		"$$(sed -n 's/^llama-cpp-python==\([^ ;]*\).*/llama-cpp-python[server]==\1/p' requirements.txt)"
+	@touch $@
+
+# Only llama-cpp-python is compiled; where its pinned version is installed, no compiler is needed.
+compiler:
+	@version=$$(sed -n 's/^llama-cpp-python==\([^ ;]*\).*/\1/p' requirements.txt 2>/dev/null); \
+	ls -d $(VENV)/lib/python3.*/site-packages/llama_cpp_python-"$$version".dist-info >/dev/null 2>&1 && exit 0; \
+	for compiler in $${CXX:-c++} g++ clang++; do \
+		"$$compiler" --version >/dev/null 2>&1 && exit 0; \
+	done; \
+	echo 'A C++ compiler is needed to build llama.cpp and was not found: install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) and start again.' >&2; \
+	exit 1
+
+# Swagger UI is tested in a real browser.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && exit 0; \
+	administrator=; \
+	[ "$$(id -u)" = 0 ] || administrator='sudo -n'; \
+	if ! command -v apt-get >/dev/null || ! $$administrator true 2>/dev/null; then \
+		echo 'The tests need chromium and chromedriver: install both (Debian: apt install chromium chromium-driver) and start again.' >&2; \
+		exit 1; \
+	fi; \
+	echo 'Installing chromium and chromium-driver for the tests'; \
+	$$administrator apt-get update --quiet && \
+	$$administrator env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends chromium chromium-driver
