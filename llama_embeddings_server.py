@@ -82,6 +82,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
             logger.info("Ready")
             yield
             logger.info("Stopping: finishing what is under way")
+        logger.info("Stopped")
 
     app = FastAPI(
         title="Llama embeddings",

