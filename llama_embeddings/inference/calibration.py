@@ -22,9 +22,8 @@ from llama_embeddings.inference.backend import Context
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_TEXT = 35
-CANDIDATE_BUDGETS = (128, 192, 256, 384, 512)
 # Measured in this order, as long as there is time: the likeliest first.
-BUDGET_ORDER = (256, 192, 384, 128, 512)
+BUDGET_ORDER = (192, 128, 256, 384, 512)
 # A layout or budget must beat the best so far by this factor, so that noise does not decide.
 MIN_GAIN = 1.03
 
