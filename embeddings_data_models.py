@@ -16,6 +16,7 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from hashlib import sha3_256
 from pathlib import Path
 from typing import Any, Literal
@@ -269,7 +270,7 @@ class ModelFile:
     sidecar: Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recipe:
     """How a vector is made; only vectors made the same way are comparable.
 
@@ -283,7 +284,7 @@ class Recipe:
     prompt: str = ""
     normalisation: str = "l2"
 
-    @property
+    @cached_property
     def family(self) -> str:
         parts = "\0".join((self.model_digest, self.pooling, self.normalisation, self.prompt))
         return sha3_256(parts.encode("utf-8")).hexdigest()[:RECIPE_FAMILY_LENGTH]

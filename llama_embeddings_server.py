@@ -29,7 +29,7 @@ from llama_embeddings import observability
 from llama_embeddings.api import health, native, openai, pages
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
-from llama_embeddings.api.security import require_token
+from llama_embeddings.api.security import describe_security, require_token
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
 from llama_embeddings.documents.reader import DocumentReader
@@ -103,6 +103,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     app.include_router(openai.router)
     app.include_router(health.router)
     pages.mount_static_files(app)
+    describe_security(app)
     return app
 
 
@@ -300,6 +301,7 @@ async def serve(app: FastAPI, listener: socket.socket) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             backlog=BACKLOG,
             # Run here, so that a failure to start is ours to explain.
             lifespan="off",

@@ -1,4 +1,8 @@
-"""What handlers ask for in their signatures. All `async`: others would take a turn through a thread pool each."""
+"""What handlers ask for in their signatures.
+
+All `async`, as others would take a turn through a thread pool each, and none asks for another: FastAPI's resolving of
+dependencies is a good part of what a request costs.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,9 @@ from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 LARGEST_INTEGER = 2**63 - 1  # the database's
 
 
-async def get_services(request: Request) -> Services:
+def get_services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
-
-
-_Services = Annotated[Services, Depends(get_services)]
 
 
 async def _stamp(
@@ -48,32 +49,32 @@ JsonFormat = Annotated[
 ReplyAs = Annotated[Literal["json", "zip"], Query(description="JSON in the reply's body, or a zip file that holds it.")]
 
 
-async def _models(services: _Services) -> ModelService:
-    return services.models
+async def _models(request: Request) -> ModelService:
+    return get_services(request).models
 
 
-async def _contents(services: _Services) -> ContentsService:
-    return services.contents
+async def _contents(request: Request) -> ContentsService:
+    return get_services(request).contents
 
 
-async def _embeddings(services: _Services) -> EmbeddingService:
-    return services.embeddings
+async def _embeddings(request: Request) -> EmbeddingService:
+    return get_services(request).embeddings
 
 
-async def _token_embeddings(services: _Services) -> TokenEmbeddingService:
-    return services.token_embeddings
+async def _token_embeddings(request: Request) -> TokenEmbeddingService:
+    return get_services(request).token_embeddings
 
 
-async def _documents(services: _Services) -> DocumentService:
-    return services.documents
+async def _documents(request: Request) -> DocumentService:
+    return get_services(request).documents
 
 
-async def _search(services: _Services) -> SearchService:
-    return services.search
+async def _search(request: Request) -> SearchService:
+    return get_services(request).search
 
 
-async def _similarity(services: _Services) -> SimilarityService:
-    return services.similarity
+async def _similarity(request: Request) -> SimilarityService:
+    return get_services(request).similarity
 
 
 Models = Annotated[ModelService, Depends(_models)]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 KNOWN_SIMILARITIES = {DEFAULT_MODEL_NAME: ("I feel extremely chilly", "I am so cold", 0.742, 0.03)}
 
 DOWNLOAD_RETRY_AFTER_SECONDS = 30.0
+# A replaced or deleted file is noticed after this time at the latest.
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class Catalogue:
         self._downloads_on_demand = downloads_on_demand
         self._ramdisk = ramdisk
         self._summaries: dict[str, GgufSummary] = {}
-        self._files: dict[str, tuple[tuple[int, int], ModelFile]] = {}
+        # When a file was last looked at, what distinguished it then, and what was found.
+        self._files: dict[str, tuple[float, tuple[int, int], ModelFile]] = {}
 
     def names(self) -> list[str]:
         """Stems of the GGUF files that are there."""
@@ -88,16 +92,19 @@ class Catalogue:
 
     async def find(self, name: str) -> ModelFile:
         """The file of a model. Raises ModelNotFound and, for a file that must not be loaded, ModelUnusable."""
+        known = self._files.get(name)
+        if known is not None and time.monotonic() - known[0] < SECONDS_BETWEEN_LOOKS:
+            return self._on_ramdisk(known[2])
         path = self._directory / f"{name}.gguf"
         # The name comes from a request: only one that a file in this very directory can have is looked for.
         stamp = _file_stamp(path) if path.parent == self._directory and path.name == f"{name}.gguf" else None
         if stamp is None:
             raise self._explain_absence(name)
-        known = self._files.get(name)
-        if known is None or known[0] != stamp:
-            known = (stamp, await asyncio.to_thread(self._examine, name, path, stamp))
-            self._files[name] = known
-        return self._on_ramdisk(known[1])
+        file = known[2] if known is not None and known[1] == stamp else None
+        if file is None:
+            file = await asyncio.to_thread(self._examine, name, path, stamp)
+        self._files[name] = (time.monotonic(), stamp, file)
+        return self._on_ramdisk(file)
 
     def _explain_absence(self, name: str) -> ServiceError:
         """What to tell those who ask for a model without a file; starts its download if that is known how."""

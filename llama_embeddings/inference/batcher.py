@@ -29,7 +29,7 @@ import numpy as np
 
 from llama_embeddings.errors import InferenceFailed, Overloaded, ServiceError, ShuttingDown
 from llama_embeddings.inference.backend import Context, Pooling
-from llama_embeddings.inference.pooling import pool_rows
+from llama_embeddings.inference.pooling import normalise, pool_rows
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """`vector`: float32 (n_dims,), pooled, not normalised; `rows`: float32 (n_tokens, n_dims) if asked for."""
+    """`vector`: float32 (n_dims,), pooled; `unit_vector`: the same of unit length; `rows`: float32 (n_tokens, n_dims).
+
+    Rows are there if they were asked for. A reranker's `vector` holds its score, and so does `unit_vector`.
+    """
 
     vector: np.ndarray
+    unit_vector: np.ndarray
     rows: np.ndarray | None
     queue_seconds: float
     compute_seconds: float
@@ -372,12 +376,15 @@ class Batcher:
         if len(computed) != n_expected:
             raise InferenceFailed(f"The engine gave {len(computed)} rows where {n_expected} were expected.")
         vectors = computed if is_ranked else pool_rows(computed, lengths, self._pooling)
-        usable = np.isfinite(vectors).all(axis=1) & (is_ranked | vectors.any(axis=1))
+        # For all texts of the pass at once: one by one, on the event loop, it would cost more than the rest there.
+        unit_vectors = vectors if is_ranked else normalise(vectors)
+        usable = np.isfinite(unit_vectors).all(axis=1)
         compute_seconds = time.monotonic() - started
         ends = np.cumsum(lengths)
         return [
             JobResult(
                 vector=vectors[i],
+                unit_vector=unit_vectors[i],
                 rows=computed[ends[i] - lengths[i] : ends[i]].copy() if entry.job.wants_rows else None,
                 queue_seconds=started - entry.group.arrived,
                 compute_seconds=compute_seconds,

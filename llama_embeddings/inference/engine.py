@@ -130,10 +130,8 @@ class EmbeddingEngine:
         results = [outcome for outcome in outcomes if isinstance(outcome, JobResult)]
         if len(results) < len(outcomes):
             return next(outcome for outcome in outcomes if isinstance(outcome, ServiceError))
-        lengths = [len(part) for part in text.parts]
-        vectors = np.stack([result.vector for result in results])
-        vector = normalise(combine_parts(vectors, lengths)[None])[0]
-        if not np.isfinite(vector).all():
+        vector = results[0].unit_vector.copy() if len(results) == 1 else _combine_vectors(text, results)
+        if vector is None:
             return InferenceFailed("The model gave a vector without a direction for this text.")
         rows = [result.rows for result in results if result.rows is not None]
         return EngineResult(
@@ -150,3 +148,11 @@ class EmbeddingEngine:
         """Drain the queue, end the threads, free the model. Blocks; call it on a thread."""
         if self.batcher.stop(timeout_seconds=STOP_TIMEOUT_SECONDS):
             self._model.close()
+
+
+def _combine_vectors(text: PreparedText, results: Sequence[JobResult]) -> np.ndarray | None:
+    """One unit vector of a text's parts; None where they cancel each other out."""
+    lengths = [len(part) for part in text.parts]
+    combined = combine_parts(np.stack([result.vector for result in results]), lengths)
+    vector: np.ndarray = normalise(combined[None])[0]
+    return vector if np.isfinite(vector).all() else None

@@ -7,6 +7,7 @@ truncation rule and is kept under a recipe of its own, so that a cut text's vect
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -223,13 +224,20 @@ class EmbeddingService:
             return {}
         row_ids = await self._store.add_embeddings(rows)
         vectors = np.stack([row.vector for row in rows])
-        self._indexes.add(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
+        await self._index(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
         kept = {}
         for row_id, row in zip(row_ids, rows, strict=True):
             embedding = StoredEmbedding(row_id, row.text_hash, row.vector, row.n_tokens, row.n_tokens_dropped)
             self._memory.put((row.text_hash, row.model_name, row.recipe), embedding)
             kept[row.text_hash] = embedding
         return kept
+
+    async def _index(self, model_name: str, family: str, row_ids: np.ndarray, vectors: np.ndarray) -> None:
+        if self._indexes.is_small(model_name, family):
+            self._indexes.add(model_name, family, row_ids, vectors)
+        else:
+            # A search may hold a large index for long, and the event loop must not wait for it.
+            await asyncio.to_thread(self._indexes.add, model_name, family, row_ids, vectors)
 
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""

@@ -35,6 +35,7 @@ class ModelService:
         self._cache = cache
         self._default_model_name = default_model_name
         self._aliases = dict(aliases)
+        self._recipes: dict[tuple[str, Pooling, str], Recipe] = {}
 
     def names(self) -> list[str]:
         """Names of all models that can answer now, the default first."""
@@ -86,7 +87,11 @@ class ModelService:
         """How this model's vectors of texts that play this part are made."""
         info = await self.info(name)
         prompt = self._catalogue.prompt(self.resolve(name), input_type)
-        return Recipe(model_digest=info.digest, pooling=str(info.pooling), prompt=prompt)
+        key = (info.digest, info.pooling, prompt)
+        if key not in self._recipes:
+            # Kept, so that its digest is computed once and not for every request.
+            self._recipes[key] = Recipe(model_digest=info.digest, pooling=str(info.pooling), prompt=prompt)
+        return self._recipes[key]
 
     async def describe(self) -> list[ModelDescription]:
         """Every model with its state, the default first."""

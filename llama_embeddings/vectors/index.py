@@ -14,6 +14,8 @@ import numpy as np
 # FAISS brings a pool of OpenMP threads that would fight the engine's workers over the cores.
 faiss.omp_set_num_threads(1)
 
+SMALL_INDEX = 5_000
+
 
 class VectorIndex:
     """Vectors of one family. All methods are thread-safe."""
@@ -30,12 +32,11 @@ class VectorIndex:
     def add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
         """Add int64 (n,) ids with float32 (n, n_dims) unit vectors; ids that are in already are left alone."""
         with self._lock:
-            is_new = np.fromiter((int(row_id) not in self._ids for row_id in row_ids), bool, len(row_ids))
-            fresh, places = np.unique(row_ids[is_new], return_index=True)
-            if len(fresh):
-                chosen = np.ascontiguousarray(vectors[is_new][places], dtype=np.float32)
-                self._index.add_with_ids(chosen, fresh.astype(np.int64))
-                self._ids.update(fresh.tolist())
+            places = {row_id: place for place, row_id in enumerate(row_ids.tolist()) if row_id not in self._ids}
+            if places:
+                chosen = np.ascontiguousarray(vectors[list(places.values())], dtype=np.float32)
+                self._index.add_with_ids(chosen, np.fromiter(places, np.int64, len(places)))
+                self._ids.update(places)
 
     def remove(self, row_ids: np.ndarray) -> int:
         """Remove ids; returns how many were there."""
@@ -70,6 +71,11 @@ class VectorIndexes:
         if key not in self._indexes:
             self._indexes.setdefault(key, VectorIndex(vectors.shape[1]))
         self._indexes[key].add(row_ids, vectors)
+
+    def is_small(self, model_name: str, family: str) -> bool:
+        """Whether a search of this index takes less than a millisecond or so."""
+        index = self._indexes.get((model_name, family))
+        return index is None or len(index) < SMALL_INDEX
 
     def remove(self, model_name: str, family: str, row_ids: np.ndarray) -> int:
         """See VectorIndex.remove."""
