@@ -21,7 +21,7 @@ from pathlib import Path
 
 import uvicorn
 import uvloop
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 
 import similarity_measures
 from embeddings_data_models import Truncation
@@ -29,7 +29,7 @@ from llama_embeddings import observability
 from llama_embeddings.api import health, native, openai, pages
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
-from llama_embeddings.api.security import describe_security, require_token
+from llama_embeddings.api.security import RequireToken, describe_security
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
 from llama_embeddings.documents.reader import DocumentReader
@@ -91,17 +91,17 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        dependencies=[Depends(require_token)],
     )
-    app.state.security_token = find_security_token(settings)
     app.state.ready_timeout_seconds = settings.ready_timeout_seconds
     app.add_middleware(BodyLimit, max_bytes=int(settings.max_request_size_in_mb * MEGABYTE))
+    app.add_middleware(RequireToken, token=find_security_token(settings))
     app.add_middleware(RequestContext)
     install_error_handlers(app)
-    app.include_router(pages.router)
-    app.include_router(native.router)
+    # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
+    app.include_router(native.router)
     app.include_router(health.router)
+    app.include_router(pages.router)
     pages.mount_static_files(app)
     describe_security(app)
     return app

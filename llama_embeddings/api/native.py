@@ -28,19 +28,13 @@ from embeddings_data_models import (
     TokenLevelEmbeddingsResponse,
 )
 from llama_embeddings.api.dependencies import (
-    Contents,
-    Documents,
-    Embeddings,
+    CurrentServices,
     JsonFormat,
     Limit,
     ModelName,
-    Models,
     Offset,
     ReplyAs,
-    Search,
-    Similarities,
     Stamp,
-    TokenEmbeddings,
 )
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.services.downloads import Download, render_document, render_token_level_bundle
@@ -61,17 +55,17 @@ _ZIP_OR_JSON: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/get_list_of_available_model_names/", tags=["Models"], responses=describe_statuses(401))
-async def get_list_of_available_model_names(models: Models) -> ModelNamesResponse:
+async def get_list_of_available_model_names(services: CurrentServices) -> ModelNamesResponse:
     """Names of the models that can be asked for, the default one first."""
-    return ModelNamesResponse(model_names=models.names())
+    return ModelNamesResponse(model_names=services.models.names())
 
 
 @router.get("/get_all_stored_strings/", tags=["Stored"], responses=_LISTING_ERRORS)
 async def get_all_stored_strings(
-    contents: Contents, model_name: ModelName = None, limit: Limit = None, offset: Offset = 0
+    services: CurrentServices, model_name: ModelName = None, limit: Limit = None, offset: Offset = 0
 ) -> AllStringsResponse:
     """Every text that was ever embedded, each once, oldest first."""
-    return AllStringsResponse(strings=await contents.list_texts(model_name, limit, offset))
+    return AllStringsResponse(strings=await services.contents.list_texts(model_name, limit, offset))
 
 
 @router.get("/get_all_stored_documents/", tags=["Stored"], responses=_LISTING_ERRORS)
@@ -79,10 +73,10 @@ async def get_all_stored_strings(
     "/get_all_stored_documents_with_embeddings/", tags=["Older names"], deprecated=True, responses=_LISTING_ERRORS
 )
 async def get_all_stored_documents(
-    contents: Contents, model_name: ModelName = None, limit: Limit = None, offset: Offset = 0
+    services: CurrentServices, model_name: ModelName = None, limit: Limit = None, offset: Offset = 0
 ) -> AllDocumentsResponse:
     """Names of all files that were ever embedded, oldest first."""
-    return AllDocumentsResponse(documents=await contents.list_document_filenames(model_name, limit, offset))
+    return AllDocumentsResponse(documents=await services.contents.list_document_filenames(model_name, limit, offset))
 
 
 @router.post(
@@ -98,9 +92,11 @@ async def get_all_stored_documents(
     response_model=EmbeddingResponse,
     responses=_COMPUTING_ERRORS,
 )
-async def get_embedding_vector_for_string(request: EmbeddingRequest, embeddings: Embeddings, stamp: Stamp) -> Response:
+async def get_embedding_vector_for_string(
+    request: EmbeddingRequest, services: CurrentServices, stamp: Stamp
+) -> Response:
     """The embedding vector of a text, from the store or computed now. Headers say how it came about."""
-    answers = await embeddings.get_or_compute(
+    answers = await services.embeddings.get_or_compute(
         [request.text],
         model_name=request.model_name,
         truncation=request.truncation,
@@ -118,13 +114,13 @@ async def get_embedding_vector_for_string(request: EmbeddingRequest, embeddings:
 )
 async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_string(
     request: EmbeddingRequest,
-    token_embeddings: TokenEmbeddings,
+    services: CurrentServices,
     stamp: Stamp,
     json_format: JsonFormat = "records",
     send_back_json_or_zip_file: ReplyAs = "zip",
 ) -> Response:
     """One embedding per token, each in the context of the whole text, and the vector that sums them up."""
-    bundle = await token_embeddings.get_or_compute(
+    bundle = await services.token_embeddings.get_or_compute(
         request.text, model_name=request.model_name, truncation=request.truncation, stamp=stamp
     )
     download = render_token_level_bundle(
@@ -141,10 +137,10 @@ async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_stri
     responses=_COMPUTING_ERRORS,
 )
 async def compute_similarity_between_strings(
-    request: SimilarityRequest, similarities: Similarities, stamp: Stamp
+    request: SimilarityRequest, services: CurrentServices, stamp: Stamp
 ) -> Response:
     """How alike two texts are, by the measure asked for, with both embeddings."""
-    similarity = await similarities.compare(
+    similarity = await services.similarity.compare(
         request.text1,
         request.text2,
         measure=request.similarity_measure,
@@ -169,10 +165,10 @@ async def compute_similarity_between_strings(
     responses=_COMPUTING_ERRORS,
 )
 async def search_stored_embeddings_with_query_string_for_semantic_similarity(
-    request: SemanticSearchRequest, search: Search, stamp: Stamp
+    request: SemanticSearchRequest, services: CurrentServices, stamp: Stamp
 ) -> SemanticSearchResponse:
     """The stored texts nearest in meaning to the query, best first, without the query itself."""
-    hits = await search.search(
+    hits = await services.search.search(
         request.query_text,
         count=request.number_of_most_similar_strings_to_return,
         model_name=request.model_name,
@@ -185,10 +181,10 @@ async def search_stored_embeddings_with_query_string_for_semantic_similarity(
     "/get_most_similar_string_from_database/", tags=["Older names"], deprecated=True, responses=_COMPUTING_ERRORS
 )
 async def get_most_similar_string_from_database(
-    request: FirstVersionSemanticSearchRequest, search: Search, stamp: Stamp
+    request: FirstVersionSemanticSearchRequest, services: CurrentServices, stamp: Stamp
 ) -> SemanticSearchResponse:
     """The first version's search: `text` for the query, three results by default."""
-    hits = await search.search(
+    hits = await services.search.search(
         request.text,
         count=request.number_of_most_similar_strings_to_return,
         model_name=request.model_name,
@@ -218,14 +214,14 @@ def _render_hits(query_text: str, hits: Sequence[SearchHit]) -> SemanticSearchRe
 )
 async def get_all_embedding_vectors_for_document(
     file: UploadFile,
-    documents: Documents,
+    services: CurrentServices,
     stamp: Stamp,
     model_name: str | None = None,
     json_format: JsonFormat = "records",
     send_back_json_or_zip_file: ReplyAs = "zip",
 ) -> Response:
     """Every sentence of a document (plain text or PDF) with its embedding."""
-    document = await documents.get_or_compute(
+    document = await services.documents.get_or_compute(
         await file.read(), filename=file.filename or "document", model_name=model_name, stamp=stamp
     )
     return render_download(
@@ -234,33 +230,33 @@ async def get_all_embedding_vectors_for_document(
 
 
 @router.get("/get_list_of_models_with_their_states/", tags=["Models"], responses=describe_statuses(401))
-async def get_list_of_models_with_their_states(models: Models) -> ModelDescriptionsResponse:
+async def get_list_of_models_with_their_states(services: CurrentServices) -> ModelDescriptionsResponse:
     """Every model: loaded, on disk, being downloaded (with its percentage), or known how to get."""
-    return ModelDescriptionsResponse(models=await models.describe())
+    return ModelDescriptionsResponse(models=await services.models.describe())
 
 
 @router.post("/load_model/", tags=["Models"], responses=_MODEL_ERRORS)
-async def load_model(request: ModelNameRequest, models: Models) -> MessageResponse:
+async def load_model(request: ModelNameRequest, services: CurrentServices) -> MessageResponse:
     """Load a model now rather than at the first request for it; one of the catalogue is downloaded first."""
-    return MessageResponse(message=await models.load(request.model_name))
+    return MessageResponse(message=await services.models.load(request.model_name))
 
 
 @router.post("/unload_model/", tags=["Models"], responses=_MODEL_ERRORS)
-async def unload_model(request: ModelNameRequest, models: Models) -> MessageResponse:
+async def unload_model(request: ModelNameRequest, services: CurrentServices) -> MessageResponse:
     """Free a model's memory; its file and its embeddings stay."""
-    return MessageResponse(message=await models.unload(request.model_name))
+    return MessageResponse(message=await services.models.unload(request.model_name))
 
 
 @router.post("/add_new_model/", tags=["Models"], status_code=202, responses=describe_statuses(400, 401, 422, 429, 503))
-async def add_new_model(request: AddModelRequest, models: Models) -> MessageResponse:
+async def add_new_model(request: AddModelRequest, services: CurrentServices) -> MessageResponse:
     """Download a GGUF from its address on the model hub; the list of models says how far it is."""
-    return MessageResponse(message=models.add(request.model_url))
+    return MessageResponse(message=services.models.add(request.model_url))
 
 
 @router.post("/clear_ramdisk/", tags=["Models"], responses=describe_statuses(401, 500))
-async def clear_ramdisk(models: Models) -> MessageResponse:
+async def clear_ramdisk(services: CurrentServices) -> MessageResponse:
     """Remove the models from the RAM disk and unmount it; loaded models go on answering."""
-    return MessageResponse(message=await models.clear_ramdisk())
+    return MessageResponse(message=await services.models.clear_ramdisk())
 
 
 def render_json(content: dict[str, Any], headers: dict[str, str] | None = None) -> Response:

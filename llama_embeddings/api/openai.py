@@ -10,14 +10,15 @@ import base64
 from typing import Literal
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from llama_embeddings.api.dependencies import Embeddings, Models, Stamp
+from llama_embeddings.api.dependencies import CurrentServices, stamp_connection
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.api.native import describe_answers, render_json
 from llama_embeddings.errors import InvalidInput
+from llama_embeddings.services.models import ModelService
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -70,40 +71,39 @@ class OpenAIModelList(BaseModel):
     response_model=OpenAIEmbeddingResponse,
     responses=describe_statuses(400, 401, 404, 413, 422, 429, 500, 503),
 )
-async def create_embeddings(
-    request: OpenAIEmbeddingRequest, embeddings: Embeddings, models: Models, stamp: Stamp
-) -> Response:
+async def create_embeddings(body: OpenAIEmbeddingRequest, request: Request, services: CurrentServices) -> Response:
     """Embeddings of one or many strings."""
-    texts = read_input(request.input)
-    answers = await embeddings.get_or_compute(texts, model_name=request.model, stamp=stamp, field="input")
-    vectors = [shorten(answer.vector, request.dimensions) for answer in answers]
-    encode = encode_base64 if request.encoding_format == "base64" else np.ascontiguousarray
+    answers = await services.embeddings.get_or_compute(
+        read_input(body.input), model_name=body.model, stamp=stamp_connection(request), field="input"
+    )
+    vectors = [shorten(answer.vector, body.dimensions) for answer in answers]
+    encode = encode_base64 if body.encoding_format == "base64" else np.ascontiguousarray
     n_tokens = sum(answer.embedding.n_tokens for answer in answers)
     content = {
         "object": "list",
         "data": [
             {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
         ],
-        "model": request.model or models.resolve(None),
+        "model": body.model or services.models.resolve(None),
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }
     return render_json(content, describe_answers(answers))
 
 
 @router.get("/models", responses=describe_statuses(401))
-async def list_models(models: Models) -> OpenAIModelList:
+async def list_models(services: CurrentServices) -> OpenAIModelList:
     """The models that can be asked for, and their aliases."""
-    return OpenAIModelList(data=[_describe(models, name) for name in models.names_and_aliases()])
+    return OpenAIModelList(data=[_describe(services.models, name) for name in services.models.names_and_aliases()])
 
 
 @router.get("/models/{model:path}", responses=describe_statuses(401, 404))
-async def retrieve_model(model: str, models: Models) -> OpenAIModel:
+async def retrieve_model(model: str, services: CurrentServices) -> OpenAIModel:
     """One model."""
-    await models.check_known(model)
-    return _describe(models, model)
+    await services.models.check_known(model)
+    return _describe(services.models, model)
 
 
-def _describe(models: Models, name: str) -> OpenAIModel:
+def _describe(models: ModelService, name: str) -> OpenAIModel:
     return OpenAIModel(id=name, created=models.created(name), owned_by="local")
 
 

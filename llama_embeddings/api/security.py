@@ -1,4 +1,4 @@
-"""Who may call: one dependency on the whole application."""
+"""Who may call: one door in front of the whole application."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hmac
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llama_embeddings.api.error_responses import render_error
 from llama_embeddings.errors import InvalidToken
 
 # Alive or not, and the page that lets people enter their token, are nobody's secret.
@@ -19,17 +21,34 @@ SECURITY_SCHEMES = {
 }
 
 
-async def require_token(request: Request) -> None:
-    """Let the caller pass if no token is asked for, or if the right one was sent. Raises InvalidToken."""
-    expected: str | None = request.app.state.security_token
-    if expected is None or is_open(request.url.path):
-        return
-    sent = find_token(request)
+class RequireToken:
+    """Lets nobody past without the token, whatever the path: also not to routes that do not exist.
+
+    Outside of FastAPI's dependencies, so that no route can be without it and a request costs no more for it.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str | None) -> None:
+        self._app = app
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._token is not None and scope["type"] == "http" and not is_open(scope["path"]):
+            request = Request(scope)
+            refusal = find_refusal(find_token(request), self._token)
+            if refusal is not None:
+                await render_error(request, 401, refusal)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def find_refusal(sent: str | None, expected: str) -> InvalidToken | None:
+    """Why a token does not open the door; None if it does."""
     if sent is None:
-        raise InvalidToken("This server asks for a token: send `Authorization: Bearer TOKEN` or `?token=TOKEN`.")
+        return InvalidToken("This server asks for a token: send `Authorization: Bearer TOKEN` or `?token=TOKEN`.")
     # Compared in constant time, so that the time of the answer says nothing about the token.
     if not hmac.compare_digest(sent.encode("utf-8", "surrogatepass"), expected.encode("utf-8")):
-        raise InvalidToken("The token is wrong.")
+        return InvalidToken("The token is wrong.")
+    return None
 
 
 def find_token(request: Request) -> str | None:

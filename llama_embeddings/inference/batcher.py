@@ -123,9 +123,12 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Queue:
-    """What waits and what is being computed; every field is read and written under `changed`."""
+    """What waits and what is being computed; every field is read and written under `lock`."""
 
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    # Workers with nothing to do, by number. The first is woken first: a lone text finds its caches warm, and
+    # the helper threads of no other worker are still spinning on a core from the text before.
+    idle: dict[int, threading.Condition] = field(default_factory=dict)
     groups: deque[_Group] = field(default_factory=deque)
     n_texts: int = 0
     n_tokens: int = 0
@@ -133,6 +136,16 @@ class _Queue:
     n_busy_workers: int = 0
     stopping: bool = False
     tokens_per_second: float = 0.0
+
+    def wake(self, count: int) -> None:
+        """Wake so many idle workers, or all there are."""
+        for number in sorted(self.idle)[:count]:
+            self.idle.pop(number).notify()
+
+    def wait(self, number: int) -> None:
+        """Let worker `number` sleep until it is woken; the lock is released meanwhile."""
+        woken = self.idle[number] = threading.Condition(self.lock)
+        woken.wait()
 
 
 class Batcher:
@@ -153,7 +166,7 @@ class Batcher:
         self.counters = BatcherCounters()
         self.failure: BaseException | None = None
         self._threads = [
-            threading.Thread(target=self._work, args=(context,), name=f"embedding-worker-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(number, context), name=f"embedding-worker-{number}", daemon=True)
             for number, context in enumerate(self._contexts)
         ]
         for thread in self._threads:
@@ -195,12 +208,12 @@ class Batcher:
     def _enqueue(self, group: _Group) -> None:
         n_tokens = sum(len(job.tokens) for job in group.jobs)
         queue = self._queue
-        with queue.changed:
+        with queue.lock:
             self._check_admission()
             queue.groups.append(group)
             queue.n_texts += len(group.jobs)
             queue.n_tokens += n_tokens
-            queue.changed.notify(min(len(group.jobs), len(self._threads)))
+            queue.wake(len(group.jobs))
 
     def _check_admission(self) -> None:
         if self.failure is not None:
@@ -219,7 +232,7 @@ class Batcher:
         return min(max(seconds, MIN_RETRY_AFTER_SECONDS), MAX_RETRY_AFTER_SECONDS)
 
     def _withdraw(self, group: _Group) -> None:
-        with self._queue.changed:
+        with self._queue.lock:
             group.cancelled = True
             if group in self._queue.groups:
                 self._queue.groups.remove(group)
@@ -250,9 +263,9 @@ class Batcher:
         False if a pass did not end within another time limit: its context is still in use, so nothing may be freed.
         Blocks; call it from a thread other than the event loop's.
         """
-        with self._queue.changed:
+        with self._queue.lock:
             self._queue.stopping = True
-            self._queue.changed.notify_all()
+            self._queue.wake(len(self._threads))
         self._join_threads(timeout_seconds)
         self._answer_waiting(ShuttingDown("The server is shutting down.", retry_after_seconds=5.0))
         if not self._join_threads(timeout_seconds):
@@ -273,11 +286,11 @@ class Batcher:
         self._contexts.clear()
 
     def _answer_waiting(self, error: ServiceError) -> None:
-        with self._queue.changed:
+        with self._queue.lock:
             groups = list(self._queue.groups)
             self._queue.groups.clear()
             self._queue.n_texts = self._queue.n_tokens = 0
-            self._queue.changed.notify_all()
+            self._queue.wake(len(self._threads))
         for group in groups:
             for position in group.waiting:
                 group.results[position] = error
@@ -286,9 +299,9 @@ class Batcher:
 
     # -- the workers' side ---------------------------------------------------------------------------------------
 
-    def _work(self, context: Context) -> None:
+    def _work(self, number: int, context: Context) -> None:
         try:
-            while (taken := self._wait_for_pass(context)) is not None:
+            while (taken := self._wait_for_pass(number, context)) is not None:
                 entries, n_threads = taken
                 try:
                     self._run_pass(context, entries, n_threads)
@@ -303,16 +316,16 @@ class Batcher:
             self.failure = error
             self._answer_waiting(InferenceFailed(STOPPED_MESSAGE))
 
-    def _wait_for_pass(self, context: Context) -> tuple[list[_Entry], int] | None:
+    def _wait_for_pass(self, number: int, context: Context) -> tuple[list[_Entry], int] | None:
         queue = self._queue
-        with queue.changed:
+        with queue.lock:
             while True:
                 entries = self._take(context)
                 if entries:
                     break
                 if queue.stopping and not queue.groups:
                     return None
-                queue.changed.wait()
+                queue.wait(number)
             is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and not queue.groups
             queue.n_busy_workers += 1
             queue.n_texts_in_flight += len(entries)
@@ -347,13 +360,13 @@ class Batcher:
         return min(self._limits.token_budget, context.max_tokens, math.ceil(self._queue.n_tokens / n_idle))
 
     def _finish_pass(self, entries: Sequence[_Entry]) -> None:
-        with self._queue.changed:
+        with self._queue.lock:
             self._queue.n_busy_workers -= 1
             self._queue.n_texts_in_flight -= len(entries)
             if self._queue.stopping:
-                self._queue.changed.notify_all()  # those that wait for their turn must see the end, too
+                self._queue.wake(len(self._threads))  # those that wait for their turn must see the end, too
             elif self._queue.groups:
-                self._queue.changed.notify()
+                self._queue.wake(1)
 
     def _run_pass(self, context: Context, entries: Sequence[_Entry], n_threads: int) -> None:
         started = time.monotonic()
@@ -404,7 +417,7 @@ class Batcher:
         self, entries: Sequence[_Entry], outcomes: Sequence[JobResult | ServiceError], seconds: float, started: float
     ) -> None:
         n_tokens = sum(len(entry.job.tokens) for entry in entries)
-        with self._queue.changed:
+        with self._queue.lock:
             counters = self.counters
             counters.n_passes += 1
             counters.n_texts += len(entries)
@@ -425,7 +438,7 @@ class Batcher:
             self._settle(group, count)
 
     def _settle(self, group: _Group, count: int) -> None:
-        with self._queue.changed:
+        with self._queue.lock:
             group.n_open -= count
             is_complete = group.n_open == 0 and not group.cancelled
         if is_complete:

@@ -32,7 +32,10 @@ class VectorIndex:
     def add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
         """Add int64 (n,) ids with float32 (n, n_dims) unit vectors; ids that are in already are left alone."""
         with self._lock:
-            places = {row_id: place for place, row_id in enumerate(row_ids.tolist()) if row_id not in self._ids}
+            places: dict[int, int] = {}
+            for place, row_id in enumerate(row_ids.tolist()):
+                if row_id not in self._ids:
+                    places.setdefault(row_id, place)
             if places:
                 chosen = np.ascontiguousarray(vectors[list(places.values())], dtype=np.float32)
                 self._index.add_with_ids(chosen, np.fromiter(places, np.int64, len(places)))

@@ -10,7 +10,7 @@ import pytest
 
 from llama_embeddings.errors import InferenceFailed, ModelUnusable
 from llama_embeddings.inference.calibration import (
-    CANDIDATE_BUDGETS,
+    BUDGET_ORDER,
     TOKENS_PER_TEXT,
     Layout,
     calibrate,
@@ -101,14 +101,14 @@ def test_large_passes_are_chosen_where_each_costs_a_fixed_time() -> None:
     """If only the number of passes counts, the largest budget wins."""
     machine = TimedMachine(0.0, fixed_seconds=0.02)
     found = calibrate(machine.open_context, n_vocabulary=N_VOCABULARY, n_cores=1, seconds=5.0)
-    assert found.token_budget == max(CANDIDATE_BUDGETS)
+    assert found.token_budget == max(BUDGET_ORDER)
 
 
 def test_calibration_keeps_to_its_time_and_still_chooses() -> None:
     """With no time at all the likeliest layout and budget are taken, with what they reached."""
     machine = TimedMachine(1e-5)
     found = calibrate(machine.open_context, n_vocabulary=N_VOCABULARY, n_cores=2, seconds=0.0)
-    assert (found.n_workers, found.n_threads_per_worker, found.token_budget) == (2, 1, 256)
+    assert (found.n_workers, found.n_threads_per_worker, found.token_budget) == (2, 1, BUDGET_ORDER[0])
     assert found.tokens_per_second > 0
 
 

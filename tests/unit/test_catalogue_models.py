@@ -23,6 +23,12 @@ def no_downloads(directory: Path) -> Downloads:
     return Downloads(directory, allowed_hosts=frozenset(), max_bytes=1)
 
 
+@pytest.fixture(autouse=True)
+def _looks_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes of files are noticed at once; the server looks once a second."""
+    monkeypatch.setattr(catalogue_models, "SECONDS_BETWEEN_LOOKS", 0.0)
+
+
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Catalogue:
     return Catalogue(tmp_path, no_downloads(tmp_path))
