@@ -39,7 +39,8 @@ from llama_embeddings.inference.model_cache import EngineOptions, ModelCache
 from llama_embeddings.services.container import Services
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
-from llama_embeddings.services.embeddings import EmbeddingService, load_indexes
+from llama_embeddings.services.embeddings import EmbeddingService, load_indexes, load_known_texts
+from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.search import SearchService
@@ -115,8 +116,10 @@ async def start_services(settings: Settings, backend: Backend | None, stack: Asy
     indexes = VectorIndexes()
     n_rows = await load_indexes(store, indexes)
     logger.info("Indexed %d stored embeddings", n_rows)
+    known = KnownTexts()
+    await load_known_texts(store, known)
     await asyncio.to_thread(similarity_measures.warm_up)
-    return make_services(settings, store, models, indexes, stack)
+    return make_services(settings, store, models, indexes, known, stack)
 
 
 async def open_store(settings: Settings, stack: AsyncExitStack) -> EmbeddingStore:
@@ -188,13 +191,18 @@ def make_llama_backend() -> Backend:
 
 
 def make_services(
-    settings: Settings, store: EmbeddingStore, models: ModelService, indexes: VectorIndexes, stack: AsyncExitStack
+    settings: Settings,
+    store: EmbeddingStore,
+    models: ModelService,
+    indexes: VectorIndexes,
+    known: KnownTexts,
+    stack: AsyncExitStack,
 ) -> Services:
     """The services; at the end they finish what is under way before store and models go."""
     limits = TextLimits(settings.max_text_length_in_characters, settings.max_texts_per_request)
     truncation = Truncation(settings.truncation)
     memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
-    embeddings = EmbeddingService(store, models, indexes, memory, limits=limits, default_truncation=truncation)
+    embeddings = EmbeddingService(store, models, indexes, memory, known, limits=limits, default_truncation=truncation)
     token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
     reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
     documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)

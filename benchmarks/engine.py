@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent
 MODEL = PROJECT_DIRECTORY / "models" / "all-MiniLM-L6-v2.gguf"
 PEER_PYTHON = PROJECT_DIRECTORY / ".venv-peer" / "bin" / "python"
 NATIVE_PATH = "/get_embedding_vector_for_string/"
 OPENAI_PATH = "/v1/embeddings"
+TOKEN_LEVEL_PATH = (
+    "/get_token_level_embeddings_matrix_and_combined_feature_vector_for_string/?send_back_json_or_zip_file=json"
+)
 START_TIMEOUT_SECONDS = 120
 
 
@@ -226,12 +230,50 @@ def measure_health(rounds: Rounds, n_rounds: int, seconds: float) -> None:
             rounds.note("GET /health p99 / 20 ms", 1000 * p99, 20)
 
 
+def measure_token_level(rounds: Rounds, n_rounds: int, seconds: float) -> None:
+    """The matrix of a 200-token text against its pooled embedding: by the engine alone, and through HTTP as JSON."""
+    with our_server() as (url, _):
+        for _ in range(n_rounds):
+            seed = int(time.time())
+            alone = run_module("token_level", MODEL, "--seed", seed)
+            rounds.note("token-level / pooled, engine", 1000 * alone["rows_seconds"], 1000 * alone["pooled_seconds"])
+            pooled, rows = (
+                load(url, path, clients=1, texts=1, tokens=200, seconds=seconds, seed=seed + offset)["p50_seconds"]
+                for offset, path in enumerate((NATIVE_PATH, TOKEN_LEVEL_PATH))
+            )
+            rounds.note("token-level / pooled, through HTTP", 1000 * rows, 1000 * pooled)
+
+
+def measure_memory(rounds: Rounds, _n_rounds: int, _seconds: float) -> None:
+    """Resident size after 100,000 distinct texts against that after 5,000; one round, as it takes minutes."""
+    with our_server() as (url, process):
+        sizes = []
+        for n_texts in (5_000, 95_000):
+            n_left = n_texts
+            while n_left > 0:
+                result = load(
+                    url,
+                    OPENAI_PATH,
+                    clients=4,
+                    texts=32,
+                    tokens=8,
+                    seconds=min(20.0, n_left / 500),
+                    seed=time.time_ns(),
+                )
+                n_left -= int(result["n_texts"])
+            sizes.append(psutil.Process(process.pid).memory_info().rss / 2**20)
+            print(f"resident {sizes[-1]:.0f} MiB", file=sys.stderr, flush=True)
+        rounds.note("resident size, 100,000 / 5,000 texts", sizes[1], sizes[0])
+
+
 STAGES: dict[str, Callable[[Rounds, int, float], None]] = {
     "throughput": lambda rounds, n, seconds: measure_throughput(rounds, n, seconds, [35, 8, 200]),
     "lone": measure_lone,
     "peer": measure_peer,
     "disturbed": measure_disturbed,
     "health": measure_health,
+    "token_level": measure_token_level,
+    "memory": measure_memory,
 }
 WANTED = {
     "4 clients, 32 texts": ("at least 0.92", "texts/s"),
@@ -240,6 +282,8 @@ WANTED = {
     "peer": ("at least 2.2", "texts/s"),
     "one core": ("at least 2", "texts/s"),
     "GET /health": ("at most 1", "ms"),
+    "token-level": ("at most 1.2", "ms"),
+    "resident": ("at most 1.1", "MiB"),
 }
 
 

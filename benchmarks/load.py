@@ -95,6 +95,7 @@ async def run_clients(
         "p50_seconds": float(np.median(latencies)),
         "p99_seconds": float(np.quantile(latencies, 0.99)),
         "n_requests": len(counted),
+        "n_texts": len(finished) * texts_per_request,
     }
 
 

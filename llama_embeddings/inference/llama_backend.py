@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,9 @@ class LlamaBackend:
     """Loads GGUF files with llama.cpp."""
 
     def __init__(self) -> None:
-        # Imported here, so that settings which libgomp reads when it is loaded can be put in place before.
+        # Read by libgomp when it is loaded with llama.cpp: how long a helper thread that has nothing to do keeps its
+        # core. The default, some milliseconds, is taken from everybody else after each lone text.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         import llama_cpp
 
         self._llama: Any = llama_cpp

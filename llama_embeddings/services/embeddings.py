@@ -27,6 +27,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import ServiceError
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
+from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
@@ -81,6 +82,7 @@ class EmbeddingService:
         models: ModelService,
         indexes: VectorIndexes,
         memory: EmbeddingMemoryCache,
+        known: KnownTexts,
         *,
         limits: TextLimits,
         default_truncation: Truncation,
@@ -89,6 +91,7 @@ class EmbeddingService:
         self._models = models
         self._indexes = indexes
         self._memory = memory
+        self._known = known
         self._limits = limits
         self._default_truncation = default_truncation
         self._flights: SingleFlight[_FlightKey, _Outcome] = SingleFlight()
@@ -160,7 +163,8 @@ class EmbeddingService:
     async def _fly(self, flight: Flight[_FlightKey, _Outcome], texts: dict[str, str], task: _Task) -> dict:
         """Find or compute what this flight was started for; the answers are committed and indexed."""
         wanted = {key[0]: texts[key[0]] for key in flight.keys}
-        outcomes: dict[str, _Outcome] = dict(await self._find_stored(list(wanted), task, task.recipe.family))
+        maybe_stored = [text_hash for text_hash in wanted if self._known.may_hold(text_hash)]
+        outcomes: dict[str, _Outcome] = dict(await self._find_stored(maybe_stored, task, task.recipe.family))
         unknown = {text_hash: text for text_hash, text in wanted.items() if text_hash not in outcomes}
         if unknown:
             async with self._models.lease(task.model_name) as engine:
@@ -184,7 +188,8 @@ class EmbeddingService:
         ready = {text_hash: text for text_hash, text in prepared.items() if isinstance(text, PreparedText)}
         cut_recipe = task.recipe.for_cut_text(task.truncation, engine.info.window)
         cut = [text_hash for text_hash, text in ready.items() if not text.is_whole]
-        outcomes |= await self._find_stored(cut, task, cut_recipe)
+        maybe_stored = [text_hash for text_hash in cut if self._known.may_hold(text_hash)]
+        outcomes |= await self._find_stored(maybe_stored, task, cut_recipe)
         ready = {text_hash: text for text_hash, text in ready.items() if text_hash not in outcomes}
         results = dict(zip(ready, await engine.embed(list(ready.values())), strict=True))
         outcomes |= {text_hash: result for text_hash, result in results.items() if isinstance(result, ServiceError)}
@@ -223,6 +228,7 @@ class EmbeddingService:
         if not rows:
             return {}
         row_ids = await self._store.add_embeddings(rows)
+        self._known.add(row.text_hash for row in rows)
         vectors = np.stack([row.vector for row in rows])
         await self._index(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
         kept = {}
@@ -259,3 +265,11 @@ async def load_indexes(store: EmbeddingStore, indexes: VectorIndexes, *, rows_pe
             after_row_id = int(row_ids[-1])
             count += len(row_ids)
     return count
+
+
+async def load_known_texts(store: EmbeddingStore, known: KnownTexts, *, rows_per_read: int = 50_000) -> None:
+    """Fill the filter from the stored rows."""
+    last, hashes = await store.read_text_hashes(after_row_id=0, limit=rows_per_read)
+    while hashes:
+        known.add(hashes)
+        last, hashes = await store.read_text_hashes(after_row_id=last, limit=rows_per_read)

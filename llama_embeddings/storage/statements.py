@@ -69,20 +69,31 @@ FIND_EMBEDDING_IDS = select(embeddings.c.text_hash, embeddings.c.id).where(
     _is_any_of(embeddings.c.text_hash, "text_hashes"), *_IS_WANTED_RECIPE
 )
 
-INSERT_EMBEDDINGS = insert_unless_present(embeddings).values(
-    {
-        "text": bindparam("text"),
-        "text_hash": bindparam("text_hash"),
-        "model_name": bindparam("model_name"),
-        "recipe": bindparam("recipe"),
-        "embedding": bindparam("embedding", type_=LargeBinary),
-        "n_tokens": bindparam("n_tokens"),
-        "n_tokens_dropped": bindparam("n_tokens_dropped"),
-        "ip_address": bindparam("ip_address"),
-        "request_time": bindparam("request_time"),
-        "response_time": bindparam("response_time"),
-        "total_time": bindparam("total_time"),
-    }
+INSERT_EMBEDDINGS = (
+    insert_unless_present(embeddings)
+    .values(
+        {
+            "text": bindparam("text"),
+            "text_hash": bindparam("text_hash"),
+            "model_name": bindparam("model_name"),
+            "recipe": bindparam("recipe"),
+            "embedding": bindparam("embedding", type_=LargeBinary),
+            "n_tokens": bindparam("n_tokens"),
+            "n_tokens_dropped": bindparam("n_tokens_dropped"),
+            "ip_address": bindparam("ip_address"),
+            "request_time": bindparam("request_time"),
+            "response_time": bindparam("response_time"),
+            "total_time": bindparam("total_time"),
+        }
+    )
+    .returning(embeddings.c.id, embeddings.c.text_hash, embeddings.c.model_name, embeddings.c.recipe)
+)
+
+READ_TEXT_HASHES = (
+    select(embeddings.c.id, embeddings.c.text_hash)
+    .where(embeddings.c.id > bindparam("after_row_id"))
+    .order_by(embeddings.c.id)
+    .limit(bindparam("limit"))
 )
 
 FIND_TEXTS_OF_ROWS = select(embeddings.c.id, embeddings.c.text).where(_is_any_of(embeddings.c.id, "row_ids"))

@@ -175,6 +175,11 @@ class EmbeddingStore:
         row_ids = np.fromiter((row[0] for row in rows), dtype=np.int64, count=len(rows))
         return row_ids, _stack([row[1] for row in rows])
 
+    async def read_text_hashes(self, *, after_row_id: int, limit: int) -> tuple[int, list[str]]:
+        """The next `limit` rows' text hashes, of all models, and the id of the last; (after_row_id, []) at the end."""
+        rows = await self._fetch(statements.READ_TEXT_HASHES, {"after_row_id": after_row_id, "limit": limit})
+        return (rows[-1][0] if rows else after_row_id), [text_hash for _, text_hash in rows]
+
     # --- token-level bundles ---
 
     async def find_token_level_bundle(

@@ -55,9 +55,13 @@ def compute_feature_vector_hash(text_hash: str, feature_vector: np.ndarray) -> s
 def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbedding]]) -> list[list[int]]:
     """Row ids of each batch; a text that is there already keeps its row."""
     rows = list(chain.from_iterable(batches))
+    ids: dict[tuple[str, str, str], int] = {}
     if rows:
-        connection.execute(statements.INSERT_EMBEDDINGS, [_describe_embedding(row) for row in rows])
-    ids = _find_embedding_ids(connection, rows)
+        described = [_describe_embedding(row) for row in rows]
+        for row_id, *key in connection.execute(statements.INSERT_EMBEDDINGS, described):
+            ids[key[0], key[1], key[2]] = row_id
+    # What was there already is passed over by the insertion and gives no row back.
+    ids |= _find_embedding_ids(connection, [row for row in rows if _key(row) not in ids])
     return [[ids[_key(row)] for row in batch] for batch in batches]
 
 

@@ -1,0 +1,46 @@
+"""Which texts the store may hold: answers "certainly not" without asking it.
+
+A Bloom filter over text hashes (Bloom, "Space/time trade-offs in hash coding with allowable errors", 1970). A text that
+is new, the most usual case there is something to compute, needs no look into the database then, which saves a turn
+through a thread while the engine has all cores. It never says "certainly not" of a text that was added; at three
+million texts it is wrong about one new text in a hundred, which costs a lookup. Deleted texts stay in it, at the
+same price. Used on the event loop only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+N_BITS_LOG2 = 25  # 4 MB
+N_PROBES = 4
+_MASK = (1 << N_BITS_LOG2) - 1
+# Enough hexadecimal digits for all probes.
+_N_DIGITS = (N_PROBES * N_BITS_LOG2 + 3) // 4
+
+
+class KnownTexts:
+    """A set of text hashes that may claim to hold one that it does not hold."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray(1 << (N_BITS_LOG2 - 3))
+
+    def add(self, text_hashes: Iterable[str]) -> None:
+        """Remember hashes, as hexadecimal digits."""
+        bits = self._bits
+        for text_hash in text_hashes:
+            rest = int(text_hash[:_N_DIGITS], 16)
+            for _ in range(N_PROBES):
+                position = rest & _MASK
+                bits[position >> 3] |= 1 << (position & 7)
+                rest >>= N_BITS_LOG2
+
+    def may_hold(self, text_hash: str) -> bool:
+        """False only for a hash that was never added."""
+        bits = self._bits
+        rest = int(text_hash[:_N_DIGITS], 16)
+        for _ in range(N_PROBES):
+            position = rest & _MASK
+            if not bits[position >> 3] >> (position & 7) & 1:
+                return False
+            rest >>= N_BITS_LOG2
+        return True
