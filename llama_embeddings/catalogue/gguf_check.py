@@ -374,11 +374,25 @@ def read_tensor_entry(reader: BoundedReader, alignment: int) -> TensorEntry:
     return TensorEntry(name, shape, tensor_type, offset)
 
 
+# Types that llama.cpp keeps for itself: it ends the process when weights have them.
+UNUSABLE_TYPES = frozenset(
+    getattr(gguf.GGMLQuantizationType, name) for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64")
+)
+
+
 def check_tensor_type(what: str, tensor_type: int, shape: tuple[int, ...]) -> None:
     try:
-        block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor_type)]
+        known_type = gguf.GGMLQuantizationType(tensor_type)
+        block_size, _ = gguf.GGML_QUANT_SIZES[known_type]
     except ValueError:
         raise Fault(f"{what} has the unknown type {tensor_type}") from None
+    if known_type in UNUSABLE_TYPES:
+        raise Fault(f"{what} has the type {known_type.name}, which weights cannot have")
+    # Norms and biases are added to float32 results; llama.cpp ends the process for any other type. A reranker's head
+    # for a single score is a matrix of one row, and multiplied.
+    is_vector = math.prod(shape) == max(shape) and not (len(shape) > 1 and "'cls.output.weight'" in what)
+    if is_vector and known_type is not gguf.GGMLQuantizationType.F32:
+        raise Fault(f"{what} is a vector of type {known_type.name}; vectors must be F32")
     if math.prod(shape) > LARGEST_TENSOR:
         raise Fault(f"{what} has more elements than there can be")
     if shape[0] % block_size:

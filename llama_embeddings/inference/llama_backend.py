@@ -69,7 +69,11 @@ class LlamaBackend:
         pointer = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
         if not pointer:
             raise ModelUnusable(f"llama.cpp cannot load the model {name!r} ({path.name}); the log has its reason.")
-        return LlamaModel(self._llama, pointer, name=name, digest=digest, max_window=max_window, pooling=pooling)
+        try:
+            return LlamaModel(self._llama, pointer, name=name, digest=digest, max_window=max_window, pooling=pooling)
+        except BaseException:
+            self._llama.llama_model_free(pointer)
+            raise
 
 
 def _forward_log(level: int, text: bytes, _user_data: Any) -> None:
@@ -93,6 +97,8 @@ class LlamaModel:
         self._piece_lock = threading.Lock()
         self._pieces: dict[int, str] = {}
         self.info = self._read_info(name, digest, max_window, pooling)
+        if self.info.room_for_text < 1:
+            raise ModelUnusable(f"The model {name!r} has a window of {self.info.window} tokens: no room for a text.")
 
     def _read_info(self, name: str, digest: str, max_window: int, pooling: Pooling | None) -> ModelInfo:
         llama, pointer = self._llama, self._pointer
@@ -155,11 +161,15 @@ class LlamaModel:
         if llama.llama_vocab_type(vocabulary) != llama.LLAMA_VOCAB_TYPE_WPM:
             return None
         n_tokens = llama.llama_vocab_n_tokens(vocabulary)
-        spellings = [llama.llama_vocab_get_text(vocabulary, token).decode("utf-8") for token in range(n_tokens)]
         unknown = self._metadata("tokenizer.ggml.unknown_token_id")
+        try:
+            spellings = [llama.llama_vocab_get_text(vocabulary, token).decode("utf-8") for token in range(n_tokens)]
+            unknown_token = int(unknown) if unknown is not None else spellings.index("[UNK]")
+        except ValueError as error:  # no UTF-8, or no unknown token
+            raise ModelUnusable(f"The model's vocabulary is damaged: {error}.") from error
         return WordPieceTokenizer(
             spellings,
-            unknown_token=int(unknown) if unknown is not None else spellings.index("[UNK]"),
+            unknown_token=unknown_token,
             lower_case=self._metadata("tokenizer.ggml.normalizer.lowercase") != "false",
             strip_accents=self._metadata("tokenizer.ggml.normalizer.strip_accents") != "false",
         )

@@ -8,6 +8,7 @@ names its culprit. The damage is the same in each run. What each refusal says is
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import struct
@@ -34,7 +35,8 @@ from tests.tiny_models import ARCHITECTURES, write_tiny_model
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[2]
 SHAPE: dict[str, Any] = {"n_dims": 32, "n_feed_forward": 64, "context_length": 64}
 # Wide enough for blocks of 256 numbers.
-WIDE_SHAPE: dict[str, Any] = {"n_dims": 256, "n_feed_forward": 256, "n_heads": 2, "context_length": 64}
+WIDE_SHAPE: dict[str, Any] = {"n_dims": 256, "n_feed_forward": 256, "n_heads": 2, "n_blocks": 1, "context_length": 64}
+RETYPED = ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.ffn_norm.weight", "token_embd_norm.weight")
 TEXT = "the cat sat on the mat, 42 times! So cold."
 LIMITS = BatcherLimits(
     n_workers=1,
@@ -45,8 +47,6 @@ LIMITS = BatcherLimits(
     max_queued_tokens=100_000,
 )
 MODELS = [(architecture, "mean") for architecture in ARCHITECTURES] + [
-    ("bert", "cls"),
-    ("qwen3", "last"),
     ("bert", "rank"),
     ("modern-bert", "rank"),
     ("qwen3", "rank"),
@@ -54,8 +54,8 @@ MODELS = [(architecture, "mean") for architecture in ARCHITECTURES] + [
 ODD_NUMBERS = (0, 1, 2, 3, 5, 7, 8, 16, 33, 48, 255, 513, 65_535, 2**20, 2**29 + 64, 2**31 - 1, 2**31, 2**32 - 1)
 HUGE_NUMBERS = (0, 2**16, 2**31, 2**32, 2**48, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 ODD_FLOATS = (0.0, -1.0, 1e-38, 1e-30, 1e38, -1e38, float("inf"), float("nan"))
-N_PER_KIND = 5
-MAX_CRASHES_LISTED = 10
+N_PER_KIND = 4
+MAX_CRASHES_LISTED = 4
 
 
 # Places in a file
@@ -231,7 +231,7 @@ KINDS: tuple[Callable[[Anatomy, random.Random], bytearray], ...] = (
 def test_damaged_model_is_refused_or_fails_without_ending_the_process(
     architecture: str, pooling: str, tmp_path: Path
 ) -> None:
-    """65 files of each model; what passes the check answers with a vector or with one of our errors."""
+    """52 files of each model; what passes the check answers with a vector or with one of our errors."""
     whole = dissect(write_tiny_model(tmp_path / "sound.gguf", architecture, pooling, **SHAPE))
     survivors = [path for path in write_damaged(whole, tmp_path, f"{architecture} {pooling}") if passes(path)]
     assert 0 < len(survivors) < N_PER_KIND * len(KINDS)
@@ -245,7 +245,7 @@ def assert_no_process_ended(survivors: Sequence[Path]) -> None:
     assert len(outcomes) == len(survivors)
 
 
-@pytest.mark.parametrize(("architecture", "pooling"), [("bert", "mean"), ("modern-bert", "rank"), ("qwen3", "last")])
+@pytest.mark.parametrize(("architecture", "pooling"), [("bert", "mean"), ("qwen3", "last")])
 def test_tensors_of_every_type_are_refused_or_computed_with(architecture: str, pooling: str, tmp_path: Path) -> None:
     """The engine computes with some types of numbers in matrices, with fewer in tables, and with one in norms."""
     whole = dissect(write_tiny_model(tmp_path / "sound.gguf", architecture, pooling, **WIDE_SHAPE))
@@ -255,13 +255,28 @@ def test_tensors_of_every_type_are_refused_or_computed_with(architecture: str, p
 
 
 def write_with_type(whole: Anatomy, directory: Path, type_: int) -> Iterator[Path]:
-    """A file for each tensor that has the type instead of its own, where that takes no more bytes."""
+    """A file for each of a few tensors that has the type instead of its own; the others lie where they then belong."""
     for start in whole.tensors:
-        (n_dimensions,) = struct.unpack_from("<I", whole.content, start)
         name = whole.content[whole.content.rindex(b"\0", 0, start) + 1 : start].decode()
-        path = directory / f"{name}-{type_}.gguf"
-        path.write_bytes(put(whole, start + 4 + 8 * n_dimensions, "I", type_))
-        yield path
+        if name in RETYPED:
+            path = directory / f"{name}-{type_}.gguf"
+            path.write_bytes(change_type(whole, start, type_))
+            yield path
+
+
+def change_type(whole: Anatomy, changed: int, type_: int) -> bytes:
+    """The engine wants each tensor right behind the one before."""
+    head, data = bytearray(whole.content[: whole.start_of_data]), bytearray()
+    for start in whole.tensors:
+        (n_dimensions,) = struct.unpack_from("<I", head, start)
+        *shape, own_type, offset = struct.unpack_from(f"<{n_dimensions}QIQ", head, start + 4)
+        new_type = type_ if start == changed else own_type
+        struct.pack_into("<IQ", head, start + 4 + 8 * n_dimensions, new_type, len(data))
+        block_size, type_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(new_type)]
+        n_bytes = -(-math.prod(shape) // block_size) * type_size
+        numbers = whole.content[whole.start_of_data + offset :][:n_bytes]
+        data += numbers.ljust(-(-n_bytes // 32) * 32, b"\0")
+    return bytes(head + data)
 
 
 def write_damaged(whole: Anatomy, directory: Path, seed: str) -> Iterator[Path]:
