@@ -82,6 +82,11 @@ MODEL_NAME_DESCRIPTION = (
 )
 
 
+# Beginnings of real vectors of the default model, so that the examples in Swagger are true; held by a test.
+CHILLY = [-0.0239, -0.0633, 0.0536]
+COLD = [-0.0639, -0.0469, 0.0387]
+
+
 class _Request(BaseModel):
     # `model_name` is a field of the API; pydantic would reserve the prefix otherwise.
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
@@ -142,12 +147,14 @@ class AllDocumentsResponse(BaseModel):
 
 
 class EmbeddingResponse(BaseModel):
-    embedding: list[float] = Field(description="The vector, of unit length.", examples=[[0.0183, -0.0421, 0.0674]])
+    embedding: list[float] = Field(
+        description="The vector, of unit length; the example shows its beginning.", examples=[CHILLY]
+    )
 
 
 class TokenEmbedding(BaseModel):
-    token: str = Field(examples=["chilly"])
-    embedding: list[float] = Field(examples=[[0.4213, -0.1532, 0.0287]])
+    token: str = Field(examples=[" chilly"])
+    embedding: list[float] = Field(examples=[[-0.5745, 0.2355, 0.1076]])
 
 
 class TokenLevelEmbeddingsResponse(BaseModel):
@@ -157,7 +164,7 @@ class TokenLevelEmbeddingsResponse(BaseModel):
     token_level_embedding_bundle: list[TokenEmbedding] | dict[str, Any] | list[Any]
     combined_feature_vector: list[float] = Field(
         description="Mean, minimum, maximum and standard deviation of each column of the matrix, one after the other.",
-        examples=[[0.1, -0.3, 0.5, 0.2]],
+        examples=[[-0.1542, -0.4088, 0.3461, 0.5419]],
     )
 
 
@@ -166,13 +173,13 @@ class SimilarityResponse(BaseModel):
     text2: str = Field(examples=["I am so cold"])
     similarity_measure: str = Field(examples=["cosine_similarity"])
     similarity_score: float = Field(examples=[0.742])
-    embedding1: list[float] = Field(examples=[[0.0183, -0.0421, 0.0674]])
-    embedding2: list[float] = Field(examples=[[0.0711, 0.0026, 0.0912]])
+    embedding1: list[float] = Field(examples=[CHILLY])
+    embedding2: list[float] = Field(examples=[COLD])
 
 
 class SearchResult(BaseModel):
     search_result_text: str = Field(examples=["I am so cold"])
-    similarity_to_query_text: float = Field(description="Cosine similarity.", examples=[0.402])
+    similarity_to_query_text: float = Field(description="Cosine similarity.", examples=[0.517])
 
 
 class SemanticSearchResponse(BaseModel):
@@ -193,9 +200,11 @@ class ModelDescription(BaseModel):
     n_dims: int | None = Field(None, examples=[384])
     window: int | None = Field(None, description="Longest text in tokens, as the model was trained.", examples=[512])
     pooling: str | None = Field(None, examples=["mean"])
-    size_in_bytes: int | None = Field(None, examples=[27059040])
+    size_in_bytes: int | None = Field(None, examples=[27060352])
     licence: str | None = Field(None, examples=["apache-2.0"])
-    recipe: str | None = Field(None, description="Family of its vectors, once it was loaded.", examples=["5c8b2d0f3a"])
+    recipe: str | None = Field(
+        None, description="Family of its vectors, once it was loaded.", examples=["e23425c31a80cc52"]
+    )
     percentage: float | None = Field(None, description="How far a download has come.", examples=[None])
     error: str | None = Field(None, description="Why a download failed.", examples=[None])
 
