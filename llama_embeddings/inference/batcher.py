@@ -5,7 +5,9 @@ a thread with a context of its own, take from one queue:
 
 - a pass closes at the token budget, at the context's sequence limit or when the queue is empty; an idle
   engine never waits for company;
-- groups are served in turn, one text each, so that one text never waits behind the whole of a long document;
+- large groups are served in turn, a pass each, so that they end one after the other and the engine has work while
+  their callers prepare the next; small ones, and what is left of large ones, go into the next pass, so that one text
+  never waits behind the whole of a long document;
 - a lone text on an idle engine gets all cores on one context, which halves its latency; under load each context
   computes on one thread, which is faster than threads that wait for each other at every step.
 
@@ -40,6 +42,10 @@ MIN_RETRY_AFTER_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 # So many groups are asked in vain for a text that fits the rest of a pass, before it is closed.
 MAX_PASSED_OVER = 16
+# A group that waits for no more than this share of a pass goes into the next one.
+SMALL_SHARE = 0.25
+# Of a pass, what small groups leave to large ones while both wait.
+LARGE_SHARE = 0.25
 STOPPED_MESSAGE = "The engine of this model has stopped; the log has the reason."
 
 
@@ -99,6 +105,7 @@ class _Group:
     future: asyncio.Future[list[JobResult | ServiceError]]
     arrived: float
     waiting: list[int]
+    n_waiting_tokens: int
     results: list[JobResult | ServiceError | None]
     n_open: int
     cancelled: bool = False
@@ -106,7 +113,11 @@ class _Group:
     def take_fitting(self, room: int) -> int | None:
         """Take out the longest job of at most `room` tokens."""
         place = bisect_right(self.waiting, room, key=lambda position: len(self.jobs[position].tokens))
-        return self.waiting.pop(place - 1) if place else None
+        if not place:
+            return None
+        position = self.waiting.pop(place - 1)
+        self.n_waiting_tokens -= len(self.jobs[position].tokens)
+        return position
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,36 @@ class _Entry:
 
 
 @dataclass(slots=True)
+class _Pass:
+    """A pass that is being filled."""
+
+    room: int
+    n_places: int
+    # The first text may be longer than the budget: the budget is for company.
+    room_for_first: int
+    entries: list[_Entry] = field(default_factory=list)
+
+    def take_one(self, group: _Group, reserved: int = 0) -> bool:
+        """Take the group's longest text that fits, leaving so many tokens free; whether there was one."""
+        if len(self.entries) >= self.n_places:
+            return False
+        position = group.take_fitting(self.room - reserved if self.entries else self.room_for_first)
+        if position is None:
+            return False
+        self.entries.append(_Entry(group, position))
+        self.room -= len(group.jobs[position].tokens)
+        return True
+
+    def take_all(self, group: _Group, reserved: int = 0) -> bool:
+        """Take what fits of a group; whether anything did."""
+        if not self.take_one(group, reserved):
+            return False
+        while group.waiting and self.take_one(group, reserved):
+            pass
+        return True
+
+
+@dataclass(slots=True)
 class _Queue:
     """What waits and what is being computed; every field is read and written under `lock`."""
 
@@ -129,13 +170,40 @@ class _Queue:
     # Workers with nothing to do, by number. The first is woken first: a lone text finds its caches warm, and
     # the helper threads of no other worker are still spinning on a core from the text before.
     idle: dict[int, threading.Condition] = field(default_factory=dict)
-    groups: deque[_Group] = field(default_factory=deque)
+    small: deque[_Group] = field(default_factory=deque)
+    large: deque[_Group] = field(default_factory=deque)
+    # The last pass had no room for any of the large: the next one begins with them.
+    is_large_due: bool = False
     n_texts: int = 0
     n_tokens: int = 0
     n_texts_in_flight: int = 0
     n_busy_workers: int = 0
     stopping: bool = False
     tokens_per_second: float = 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.small and not self.large
+
+    def add(self, group: _Group, small_tokens: int) -> None:
+        """Put a group at the end of its line."""
+        (self.small if group.n_waiting_tokens <= small_tokens else self.large).append(group)
+
+    def discard(self, group: _Group) -> bool:
+        """Take a group out of its line; whether it was in one."""
+        for line in (self.small, self.large):
+            if group in line:
+                line.remove(group)
+                return True
+        return False
+
+    def clear(self) -> list[_Group]:
+        """Take out all groups."""
+        groups = [*self.small, *self.large]
+        self.small.clear()
+        self.large.clear()
+        self.n_texts = self.n_tokens = 0
+        return groups
 
     def wake(self, count: int) -> None:
         """Wake so many idle workers, or all there are."""
@@ -201,18 +269,18 @@ class Batcher:
             future=loop.create_future(),
             arrived=time.monotonic(),
             waiting=shortest_first,
+            n_waiting_tokens=sum(len(job.tokens) for job in jobs),
             results=[None] * len(jobs),
             n_open=len(jobs),
         )
 
     def _enqueue(self, group: _Group) -> None:
-        n_tokens = sum(len(job.tokens) for job in group.jobs)
         queue = self._queue
         with queue.lock:
             self._check_admission()
-            queue.groups.append(group)
+            queue.add(group, self._small_tokens)
             queue.n_texts += len(group.jobs)
-            queue.n_tokens += n_tokens
+            queue.n_tokens += group.n_waiting_tokens
             queue.wake(len(group.jobs))
 
     def _check_admission(self) -> None:
@@ -234,13 +302,12 @@ class Batcher:
     def _withdraw(self, group: _Group) -> None:
         with self._queue.lock:
             group.cancelled = True
-            if group in self._queue.groups:
-                self._queue.groups.remove(group)
+            if self._queue.discard(group):
                 self._forget_waiting(group)
 
     def _forget_waiting(self, group: _Group) -> None:
         self._queue.n_texts -= len(group.waiting)
-        self._queue.n_tokens -= sum(len(group.jobs[position].tokens) for position in group.waiting)
+        self._queue.n_tokens -= group.n_waiting_tokens
         self.counters.n_skipped_texts += len(group.waiting)
         group.waiting.clear()
 
@@ -287,9 +354,7 @@ class Batcher:
 
     def _answer_waiting(self, error: ServiceError) -> None:
         with self._queue.lock:
-            groups = list(self._queue.groups)
-            self._queue.groups.clear()
-            self._queue.n_texts = self._queue.n_tokens = 0
+            groups = self._queue.clear()
             self._queue.wake(len(self._threads))
         for group in groups:
             for position in group.waiting:
@@ -323,36 +388,47 @@ class Batcher:
                 entries = self._take(context)
                 if entries:
                     break
-                if queue.stopping and not queue.groups:
+                if queue.stopping and queue.is_empty:
                     return None
                 queue.wait(number)
-            is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and not queue.groups
+            is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and queue.is_empty
             queue.n_busy_workers += 1
             queue.n_texts_in_flight += len(entries)
         return entries, self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
 
     def _take(self, context: Context) -> list[_Entry]:
-        """Fill a pass from the groups in turn; those with nothing that fits come first in the next pass."""
+        """Fill a pass: from small groups first, but for a share that large ones get while they wait."""
         queue = self._queue
         room = self._room_for_pass(context)
-        places = min(context.max_sequences, self._limits.max_texts_in_flight - queue.n_texts_in_flight)
-        entries: list[_Entry] = []
+        n_places = min(context.max_sequences, self._limits.max_texts_in_flight - queue.n_texts_in_flight)
+        taken = _Pass(room, n_places, context.max_tokens)
+        if n_places <= 0:
+            return []
+        has_large = queue.is_large_due and self._fill_from_large(taken)
+        _fill_from_small(taken, queue.small, reserved=int(LARGE_SHARE * room) if queue.large else 0)
+        has_large |= self._fill_from_large(taken)
+        queue.is_large_due = bool(queue.large) and not has_large
+        queue.n_texts -= len(taken.entries)
+        queue.n_tokens -= sum(len(entry.job.tokens) for entry in taken.entries)
+        return taken.entries
+
+    def _fill_from_large(self, taken: _Pass) -> bool:
+        """Take what fits of each, in turn; who got a turn goes to the end of the line. Whether anybody did."""
+        line = self._queue.large
+        served: list[_Group] = []
         passed_over: list[_Group] = []
-        while queue.groups and len(entries) < places and len(passed_over) < MAX_PASSED_OVER:
-            group = queue.groups.popleft()
-            # The first text of a pass may be longer than the budget: the budget is for company.
-            position = group.take_fitting(room if entries else context.max_tokens)
-            if position is None:
-                passed_over.append(group)
-                continue
-            entries.append(_Entry(group, position))
-            room -= len(group.jobs[position].tokens)
+        while line and len(taken.entries) < taken.n_places and len(passed_over) < MAX_PASSED_OVER:
+            group = line.popleft()
+            (served if taken.take_all(group) else passed_over).append(group)
+        line.extendleft(reversed(passed_over))
+        for group in served:
             if group.waiting:
-                queue.groups.append(group)
-        queue.groups.extendleft(reversed(passed_over))
-        queue.n_texts -= len(entries)
-        queue.n_tokens -= sum(len(entry.job.tokens) for entry in entries)
-        return entries
+                self._queue.add(group, self._small_tokens)
+        return bool(served)
+
+    @property
+    def _small_tokens(self) -> int:
+        return int(SMALL_SHARE * self._limits.token_budget)
 
     def _room_for_pass(self, context: Context) -> int:
         """The token budget, or a fair share of what waits if that is less and other workers have nothing to do."""
@@ -365,7 +441,7 @@ class Batcher:
             self._queue.n_texts_in_flight -= len(entries)
             if self._queue.stopping:
                 self._queue.wake(len(self._threads))  # those that wait for their turn must see the end, too
-            elif self._queue.groups:
+            elif not self._queue.is_empty:
                 self._queue.wake(1)
 
     def _run_pass(self, context: Context, entries: Sequence[_Entry], n_threads: int) -> None:
@@ -443,6 +519,17 @@ class Batcher:
             is_complete = group.n_open == 0 and not group.cancelled
         if is_complete:
             group.loop.call_soon_threadsafe(_answer, group)
+
+
+def _fill_from_small(taken: _Pass, line: deque[_Group], *, reserved: int) -> None:
+    """Take what fits of each; those with nothing that does come first in the next pass."""
+    passed_over: list[_Group] = []
+    while line and len(taken.entries) < taken.n_places and len(passed_over) < MAX_PASSED_OVER:
+        group = line.popleft()
+        taken.take_all(group, reserved)
+        if group.waiting:
+            passed_over.append(group)
+    line.extendleft(reversed(passed_over))
 
 
 def _answer(group: _Group) -> None:

@@ -276,13 +276,28 @@ async def test_single_text_is_answered_while_the_document_still_waits(
     await document
 
 
-async def test_documents_are_served_side_by_side(backend: FakeBackend, open_batcher: Callable[..., Batcher]) -> None:
-    """Two long groups get one text each in turn, so neither waits for the other's end."""
+async def test_large_groups_are_served_in_turn_a_pass_each(
+    backend: FakeBackend, open_batcher: Callable[..., Batcher]
+) -> None:
+    """Two long groups alternate, so neither waits for the other's end; what is left of one joins a pass at once."""
     batcher = open_batcher(token_budget=60)
     async with closed_gate(backend, batcher):
-        tasks = await hand_in(batcher, make_jobs([10] * 30), make_jobs([9] * 30))
+        tasks = await hand_in(batcher, make_jobs([10] * 13), make_jobs([9] * 13))
     await asyncio.gather(*tasks)
-    assert all(abs(lengths.count(10) - lengths.count(9)) <= 1 for lengths in passes_after_blockers(backend)[:9])
+    passes = passes_after_blockers(backend)
+    assert passes[:4] == [[10] * 6, [9] * 6, [10] * 6, [10, 9, 9, 9, 9, 9]]
+
+
+async def test_large_group_is_not_starved_by_ever_new_small_ones(
+    backend: FakeBackend, open_batcher: Callable[..., Batcher]
+) -> None:
+    """A text for which small ones leave no room begins the next pass."""
+    batcher = open_batcher(token_budget=64)
+    small = [make_jobs([12])] * 100
+    async with closed_gate(backend, batcher):
+        tasks = await hand_in(batcher, *small, make_jobs([50]))
+    await asyncio.gather(*tasks)
+    assert passes_after_blockers(backend)[:2] == [[12] * 4, [50, 12]]
 
 
 async def test_group_passed_over_comes_first_in_the_next_pass(
