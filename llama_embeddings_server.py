@@ -92,6 +92,8 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # Nothing is reported to anybody, and asking for each request whether it should be takes time.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.ready_timeout_seconds = settings.ready_timeout_seconds
     app.add_middleware(BodyLimit, max_bytes=int(settings.max_request_size_in_mb * MEGABYTE))
