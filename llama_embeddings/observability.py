@@ -19,7 +19,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 def new_request_id() -> str:
     # Told apart, not kept secret: a system call for it would be 2 % of a small request.
-    return f"{random.getrandbits(64):016x}"  # noqa: S311
+    return f"{random.getrandbits(64):016x}"
 
 
 class _RequestIdFilter(logging.Filter):
