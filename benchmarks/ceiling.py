@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,30 @@ def measure_ceiling(model: LoadedModel, n_tokens: int, *, seconds: float, seed: 
     return {"texts_per_second": results[best], "budget": best[0], "layout": best[1]}
 
 
+def measure_with_few_in_flight(
+    model: LoadedModel, n_tokens: int, *, n_in_flight: int, seconds: float, seed: int
+) -> dict[str, float | str]:
+    """Texts per second when no more than `n_in_flight` texts are there to be packed: what that many clients allow.
+
+    A finished text is replaced at once, which no client that waits for its answer can do. The texts are shared among
+    the contexts.
+    """
+    contexts = [model.open_context() for _ in range(2)]
+    sequences = tokenise(model, list(itertools.islice(make_texts(n_tokens, seed=seed), 40_000)))
+    results = {}
+    for layout, (n_contexts, threads) in LAYOUTS.items():
+        size = n_in_flight // n_contexts
+        shares = (sequences[start : start + size] for start in range(0, len(sequences), size))
+        batches = [batch for share in shares for batch in pack(share, 256, contexts[0].max_sequences)]
+        trial = measure(model, contexts[:n_contexts], batches[:20], threads)
+        n_batches = max(20, int(trial * seconds / 2 / len(batches[0])))
+        results[layout] = measure(model, contexts[:n_contexts], batches[20 : 20 + n_batches], threads)
+    for context in contexts:
+        context.close()
+    best = max(results, key=lambda layout: results[layout])
+    return {"texts_per_second": results[best], "layout": best}
+
+
 def measure_spinning_context(model: LoadedModel, n_tokens: int, *, seconds: float, seed: int) -> float:
     """Texts per second of one context of two threads that wait for each other at every step, at 256 tokens a pass."""
     contexts = [model.open_context()]
@@ -131,12 +155,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lone", action="store_true", help="one text at a time instead of packed ones")
+    parser.add_argument("--in-flight", type=int, help="with so many texts to be packed at a time")
     parser.add_argument("--spinning", action="store_true", help="one context of two threads, whatever is best")
     arguments = parser.parse_args()
     model = load(arguments.model)
-    if arguments.spinning:
+    result: Mapping[str, float | str | int]
+    if arguments.in_flight:
+        result = measure_with_few_in_flight(
+            model, arguments.tokens, n_in_flight=arguments.in_flight, seconds=arguments.seconds, seed=arguments.seed
+        )
+    elif arguments.spinning:
         rate = measure_spinning_context(model, arguments.tokens, seconds=arguments.seconds, seed=arguments.seed)
-        result: dict[str, float | str | int] = {"texts_per_second": rate}
+        result = {"texts_per_second": rate}
     elif arguments.lone:
         result = {"seconds": measure_lone_text(model, arguments.tokens, count=100, seed=arguments.seed)}
     else:

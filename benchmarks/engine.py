@@ -161,6 +161,14 @@ def measure_throughput(rounds: Rounds, n_rounds: int, seconds: float, lengths: l
         for number, tokens in ((number, tokens) for number in range(n_rounds) for tokens in lengths):
             seed = int(time.time())
             ceiling = run_module("ceiling", MODEL, "--tokens", tokens, "--seconds", seconds, "--seed", seed)
+            few = run_module(
+                "ceiling", MODEL, "--in-flight", 16, "--tokens", tokens, "--seconds", seconds, "--seed", seed
+            )
+            rounds.note(
+                f"engine alone, 16 texts in flight, {tokens} tokens",
+                few["texts_per_second"],
+                ceiling["texts_per_second"],
+            )
             for name, clients, texts in (("4 clients, 32 texts", 4, 32), ("16 clients, 1 text", 16, 1)):
                 rate = load(
                     url, OPENAI_PATH, clients=clients, texts=texts, tokens=tokens, seconds=seconds, seed=seed + clients
@@ -281,6 +289,7 @@ STAGES: dict[str, Callable[[Rounds, int, float], None]] = {
     "memory": measure_memory,
 }
 WANTED = {
+    "engine alone": ("the limit of 16 clients", "texts/s"),
     "4 clients, 32 texts": ("at least 0.92", "texts/s"),
     "16 clients, 1 text": ("at least 0.85", "texts/s"),
     "1 client": ("at most 1.2", "ms"),
