@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from sklearn.metrics import normalized_mutual_info_score  # type: ignore[import-
 import similarity_measures
 from similarity_measures import (
     MEASURES,
-    MeasureKind,
+    QUICK_MEASURES,
+    VECTOR_MEASURES,
     UnknownMeasure,
     chatterjee_xi,
+    compute_all,
     compute_similarity,
+    compute_token_cosines,
     distance_correlation,
     hoeffdings_d,
     hsic,
@@ -34,7 +38,6 @@ from similarity_measures import (
 )
 
 Array = NDArray[np.float64]
-VECTOR_MEASURES = [name for name, measure in MEASURES.items() if measure.kind is MeasureKind.VECTOR]
 DEPENDENCES = [name for name in VECTOR_MEASURES if "distance" not in name or name == "distance_correlation"]
 SIZES = [5, 6, 17, 64, 65, 384, 1025]
 MODULE = Path(similarity_measures.__file__)
@@ -372,6 +375,72 @@ def test_warm_up_compiles_everything_a_request_needs() -> None:
         MEASURES[name].function(Y[0].astype(np.float32), Y.astype(np.float32))
         compute_similarity(name, Y[0], Y[1])
     assert count_compiled_signatures() == compiled
+
+
+@pytest.mark.parametrize("n_candidates", [0, 1, 63, 64, 65, 130])
+@pytest.mark.parametrize("ties", [False, True])
+def test_all_measures_in_one_pass_are_bit_for_bit_those_of_their_functions(n_candidates: int, ties: bool) -> None:
+    """Sharing the ranks changes nothing; constant candidates and queries included."""
+    rng = np.random.default_rng(n_candidates)
+    Y = rng.standard_normal((n_candidates, 65)).astype(np.float32)
+    x = rng.standard_normal(65)
+    if ties:
+        x, Y = np.round(x), np.round(Y)
+        Y[::3] = 0.25
+    for query in (x, np.full(65, 0.5)):
+        found = compute_all(query, Y)
+        assert list(found) == list(VECTOR_MEASURES)
+        for name, scores in found.items():
+            np.testing.assert_array_equal(scores, MEASURES[name].function(query, Y), err_msg=name)
+
+
+def test_some_measures_can_be_asked_for_by_any_spelling() -> None:
+    """Only those named are computed, in the registry's order, and only they decide how many dimensions are needed."""
+    found = compute_all([1, 2, 3], [[3, 2, 1]], ["kendall", "cosine_similarity", "spearman_rho"])
+    assert list(found) == ["cosine_similarity", "spearman_rho", "kendall_tau"]
+    assert found["kendall_tau"].tolist() == [-1.0]
+    assert set(QUICK_MEASURES) == set(VECTOR_MEASURES) - {"hsic", "distance_correlation", "mutual_information"}
+    assert compute_all([1], [[1]], []) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["telepathy"], "Unknown"), (["maxsim"], "token measure"), (["hoeffdings_d"], "at least 5")]
+)
+def test_all_measures_refuse_what_they_cannot_compute(names: list[str], message: str) -> None:
+    """A ValueError that says why."""
+    with pytest.raises(ValueError, match=message):
+        compute_all([1, 2], [[3, 4]], names)
+
+
+def test_compiled_functions_release_the_interpreters_lock() -> None:
+    """Another thread makes progress while one call computes for a tenth of a second or more."""
+    compiled = [found for found in vars(similarity_measures).values() if hasattr(found, "signatures")]
+    assert compiled
+    assert all(found.targetoptions["nogil"] for found in compiled)
+    rng = np.random.default_rng(8)
+    x, Y = rng.standard_normal(384), rng.standard_normal((1_000, 384))
+    hsic(x, Y[:1])
+    is_done, n_turns = threading.Event(), 0
+
+    def compute() -> None:
+        hsic(x, Y)
+        is_done.set()
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    while not is_done.wait(0.001):
+        n_turns += 1
+    thread.join()
+    assert n_turns > 3
+
+
+def test_token_cosines_are_those_of_scipy_and_maxsim_is_the_mean_of_their_best() -> None:
+    """The matrix that explains the score."""
+    rng = np.random.default_rng(9)
+    queries, candidates = rng.standard_normal((5, 16)), rng.standard_normal((8, 16))
+    cosines = compute_token_cosines(queries, candidates)
+    np.testing.assert_allclose(cosines, 1 - distance.cdist(queries, candidates, "cosine"), atol=1e-12)
+    assert maxsim(queries, candidates) == cosines.max(axis=1).mean()
 
 
 def test_every_alias_resolves_and_none_is_ambiguous() -> None:
