@@ -57,10 +57,14 @@ COPY --from=builder --chown=server:server /models /models
 WORKDIR /app
 COPY LICENSE llama_embeddings_server.py embeddings_data_models.py ramdisk_functions.py similarity_measures.py ./
 COPY llama_embeddings llama_embeddings
-RUN /opt/venv/bin/python -m compileall -q .
+# The measures' machine code fits the kind of processor it is made on. A container on another kind makes its own at its
+# first start and keeps it in /data; a new volume for /data starts with what is made here.
+RUN /opt/venv/bin/python -m compileall -q . \
+    && NUMBA_CACHE_DIR=/data/numba_cache /opt/venv/bin/python -c 'import similarity_measures; similarity_measures.warm_up()' \
+    && chown -R server:server /data/numba_cache
 
 # Whoever can reach the port needs the token: SECURITY_TOKEN, or the one made at the first start and kept in /data.
-# Numba's compiled functions are kept there as well, or each new container would compile them for up to a minute.
+# Numba's compiled functions are kept there as well, as /app is not the server's to write.
 # hadolint is told that this sets whether there is a token and where, not the token.
 # hadolint ignore=DL3064
 ENV PATH=/opt/venv/bin:$PATH \

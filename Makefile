@@ -10,6 +10,8 @@ VENV_PYTHON := $(VENV)/bin/python
 # Written when an installation has succeeded, so that a failed one is tried again.
 INSTALLED := $(VENV)/.requirements-installed
 INSTALLED_FOR_TESTS := $(VENV)/.requirements-dev-installed
+# Written when the measures' machine code is in Numba's cache, so that no start of the server waits for the compiler.
+COMPILED := $(VENV)/.measures-compiled
 # What benchmarks compare with: the server that llama-cpp-python brings, whose requirements are not ours.
 PEER_VENV := .venv-peer
 PEER_INSTALLED := $(PEER_VENV)/.installed
@@ -32,7 +34,7 @@ help:
 	@echo 'make test-docker  run the steps of the Dockerfile in a clean Debian root (root, debootstrap, 15 minutes)'
 	@echo 'make clean        remove the environment and caches; database, models and logs stay'
 
-run: $(INSTALLED)
+run: $(INSTALLED) $(COMPILED)
 	@exec $(VENV_PYTHON) llama_embeddings_server.py
 
 test: $(INSTALLED_FOR_TESTS) browser
@@ -82,6 +84,11 @@ $(INSTALLED): requirements.txt $(VENV_PYTHON) | compiler
 	@echo 'Installing requirements.txt; the first time llama.cpp is built, this takes some minutes, once.'
 	$(PIP_INSTALL) -r requirements.txt
 	@touch $@
+
+# The server compiles what is missing, too, so a failure here is no reason not to start it.
+$(COMPILED): similarity_measures.py $(INSTALLED)
+	@echo 'Compiling the similarity measures; this takes some 15 seconds, once.'
+	-@$(VENV_PYTHON) -c 'import similarity_measures; similarity_measures.warm_up()' && touch $@
 
 $(INSTALLED_FOR_TESTS): requirements-dev.txt $(INSTALLED)
 	$(PIP_INSTALL) -r requirements-dev.txt

@@ -99,6 +99,7 @@ def test_run_installs_and_then_becomes_the_server() -> None:
     lines = outcome.stdout.strip().splitlines()
     assert lines[-1] == "exec .venv/bin/python llama_embeddings_server.py"
     assert any("pip install" in line and line.endswith("-r requirements.txt") for line in lines)
+    assert any("similarity_measures.warm_up()" in line for line in lines), "the measures are compiled before the start"
 
 
 def test_test_runs_every_check_and_every_test() -> None:
@@ -116,7 +117,7 @@ def make_bare_project(tmp_path: Path, *programs: str) -> tuple[Path, str]:
     project, path = tmp_path / "project", tmp_path / "bin"
     project.mkdir()
     path.mkdir()
-    for name in ("Makefile", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt", "similarity_measures.py"):
         shutil.copy(PROJECT_DIRECTORY / name, project)
     for program in ("sh", "sed", "ls", "rm", *programs):
         found = shutil.which(program)
