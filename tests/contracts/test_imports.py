@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     f"{PACKAGE}.storage": EVERYBODY_BELOW,
     f"{PACKAGE}.vectors": EVERYBODY_BELOW,
     f"{PACKAGE}.documents": EVERYBODY_BELOW,
-    f"{PACKAGE}.services": FOUNDATIONS | EVERYBODY_BELOW | {"similarity_measures"},
+    f"{PACKAGE}.heat_maps": set(),
+    f"{PACKAGE}.services": FOUNDATIONS | EVERYBODY_BELOW | {"similarity_measures", f"{PACKAGE}.heat_maps"},
     f"{PACKAGE}.api": {f"{PACKAGE}.services"} | EVERYBODY_BELOW,
 }
 ALLOWED[COMPOSITION_ROOT] = set(ALLOWED)
@@ -41,6 +42,7 @@ SOLE_IMPORTERS = {
     "llama_cpp": f"{PACKAGE}.inference.llama_backend",
     "faiss": f"{PACKAGE}.vectors.index",
     "decouple": f"{PACKAGE}.settings",
+    "matplotlib": f"{PACKAGE}.heat_maps",
 }
 # Interpreters of HTTP and SQL, and the folders beyond which they must not be seen.
 CONFINED_LIBRARIES = {
