@@ -81,6 +81,8 @@ MODEL_NAME_DESCRIPTION = (
     "Name of the model as listed by `/get_list_of_available_model_names/`; the default model if absent."
 )
 
+SIMILARITY_MEASURE_DESCRIPTION = "A measure by its name or one of its other spellings; the README has the table."
+
 
 # Beginnings of real vectors of the default model, so that the examples in Swagger are true; held by a test.
 CHILLY = [-0.0239, -0.0633, 0.0536]
@@ -112,10 +114,35 @@ class SimilarityRequest(_Request):
     text2: str = Field(description="The second text.", examples=["I am so cold"])
     model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
     similarity_measure: str = Field(
-        "cosine_similarity",
-        description="One of the measures in the table of `similarity_measures.py` and the README.",
-        examples=["cosine_similarity"],
+        "cosine_similarity", description=SIMILARITY_MEASURE_DESCRIPTION + ' Or "all".', examples=["cosine_similarity"]
     )
+    with_percentile: bool = Field(
+        False,
+        description="Also say where the score stands among random pairs of what is stored under the same model.",
+        examples=[False],
+    )
+
+
+class SimilarityMatrixRequest(_Request):
+    strings: list[str] = Field(
+        min_length=1, description="The texts of the rows.", examples=[["I feel extremely chilly", "I am so cold"]]
+    )
+    other_strings: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="The texts of the columns; `strings` again if absent.",
+        examples=[["winter weather", "a recipe for soup"]],
+    )
+    similarity_measure: str = Field(
+        "cosine_similarity", description=SIMILARITY_MEASURE_DESCRIPTION, examples=["cosine_similarity"]
+    )
+    model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+
+
+class TokenComparisonRequest(_Request):
+    text1: str = Field(description="The text of the rows.", examples=["I feel extremely chilly"])
+    text2: str = Field(description="The text of the columns.", examples=["I am so cold"])
+    model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
 
 
 class SemanticSearchRequest(_Request):
@@ -172,9 +199,61 @@ class SimilarityResponse(BaseModel):
     text1: str = Field(examples=["I feel extremely chilly"])
     text2: str = Field(examples=["I am so cold"])
     similarity_measure: str = Field(examples=["cosine_similarity"])
-    similarity_score: float = Field(examples=[0.742])
+    similarity_score: float = Field(description='For "all", the cosine.', examples=[0.742])
     embedding1: list[float] = Field(examples=[CHILLY])
     embedding2: list[float] = Field(examples=[COLD])
+    similarity_scores: dict[str, float] | None = Field(
+        None, description='Only for "all": the score by every measure.', examples=[{"cosine_similarity": 0.742}]
+    )
+    percentile: float | None = Field(
+        None,
+        description="Only if asked for: the share, in per cent, of random pairs that are less similar; null with a "
+        "`percentile_reason` where it cannot be told.",
+        examples=[99.9],
+    )
+    percentiles: dict[str, float] | None = Field(
+        None, description='Only for "all": the percentile by measure.', examples=[{"cosine_similarity": 99.9}]
+    )
+    number_of_random_pairs: int | None = Field(
+        None, description="Only with a percentile: how many pairs it is made from.", examples=[2048]
+    )
+    percentile_reason: str | None = Field(None, description="Why there is no percentile.", examples=[None])
+
+
+class SimilarityMatrixResponse(BaseModel):
+    strings: list[str] = Field(examples=[["I feel extremely chilly", "I am so cold"]])
+    other_strings: list[str] = Field(examples=[["I feel extremely chilly", "I am so cold"]])
+    similarity_measure: str = Field(examples=["cosine_similarity"])
+    similarity_matrix: list[list[float]] = Field(
+        description="A row for each of `strings`, a column for each of `other_strings`.",
+        examples=[[[1.0, 0.742], [0.742, 1.0]]],
+    )
+
+
+class BestMatch(BaseModel):
+    """A token and the token of the other text nearest to it; positions count from 0."""
+
+    position: int = Field(examples=[4])
+    token: str = Field(examples=[" chilly"])
+    best_match_position: int = Field(examples=[4])
+    best_match_token: str = Field(examples=[" cold"])
+    cosine_similarity: float = Field(examples=[0.725])
+
+
+class TokenComparisonResponse(BaseModel):
+    text1: str = Field(examples=["I feel extremely chilly"])
+    text2: str = Field(examples=["I am so cold"])
+    tokens1: list[str] = Field(examples=[["[CLS]", " i", " feel", " extremely", " chilly", "[SEP]"]])
+    tokens2: list[str] = Field(examples=[["[CLS]", " i", " am", " so", " cold", "[SEP]"]])
+    token_similarity_matrix: list[list[float]] = Field(
+        description="Cosines: a row for each token of `text1`, a column for each token of `text2`."
+    )
+    best_matches1: list[BestMatch] = Field(description="For each token of `text1` the nearest of `text2`.")
+    best_matches2: list[BestMatch] = Field(description="For each token of `text2` the nearest of `text1`.")
+    maxsim_score: float = Field(description="The mean of `best_matches1`: `maxsim` of the two texts.", examples=[0.722])
+    maxsim_score_reversed: float = Field(
+        description="The mean of `best_matches2`: `maxsim` with the texts swapped.", examples=[0.722]
+    )
 
 
 class SearchResult(BaseModel):

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 import similarity_measures
 from embeddings_data_models import Truncation
 from llama_embeddings import observability
-from llama_embeddings.api import health, native, openai, pages
+from llama_embeddings.api import health, laboratory, native, openai, pages
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
 from llama_embeddings.api.security import RequireToken, describe_security
@@ -45,6 +45,7 @@ from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.similarity_scales import SimilarityScales
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
@@ -103,6 +104,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
     app.include_router(native.router)
+    app.include_router(laboratory.router)
     app.include_router(health.router)
     app.include_router(pages.router)
     pages.mount_static_files(app)
@@ -218,7 +220,13 @@ def make_services(
         token_embeddings=token_embeddings,
         documents=documents,
         search=SearchService(store, models, embeddings, indexes),
-        similarity=SimilarityService(embeddings, token_embeddings),
+        similarity=SimilarityService(
+            embeddings,
+            token_embeddings,
+            models,
+            SimilarityScales(store),
+            max_cells=settings.max_similarity_matrix_cells,
+        ),
     )
 
 

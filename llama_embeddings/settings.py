@@ -155,6 +155,12 @@ class Settings:
     max_texts_per_request: int = _setting(
         "MAX_TEXTS_PER_REQUEST", 2048, _number(int, 1), "Most texts accepted in one request."
     )
+    max_similarity_matrix_cells: int = _setting(
+        "MAX_SIMILARITY_MATRIX_CELLS",
+        100_000,
+        _number(int, 1),
+        "Most cells of a similarity matrix, of strings or of tokens, in one request.",
+    )
     max_request_size_in_mb: float = _setting(
         "MAX_REQUEST_SIZE_IN_MB", 50, _number(float, 0.001), "Largest request body, documents included."
     )

@@ -23,8 +23,6 @@ from embeddings_data_models import (
     SearchResult,
     SemanticSearchRequest,
     SemanticSearchResponse,
-    SimilarityRequest,
-    SimilarityResponse,
     TokenLevelEmbeddingsResponse,
 )
 from llama_embeddings.api.dependencies import (
@@ -128,35 +126,6 @@ async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_stri
     )
     headers = {"x-tokens-used": str(len(bundle.tokens)), "x-tokens-dropped": str(bundle.n_tokens_dropped)}
     return render_download(download, headers)
-
-
-@router.post(
-    "/compute_similarity_between_strings/",
-    tags=["Similarity"],
-    response_model=SimilarityResponse,
-    responses=_COMPUTING_ERRORS,
-)
-async def compute_similarity_between_strings(
-    request: SimilarityRequest, services: CurrentServices, stamp: Stamp
-) -> Response:
-    """How alike two texts are, by the measure asked for, with both embeddings."""
-    similarity = await services.similarity.compare(
-        request.text1,
-        request.text2,
-        measure=request.similarity_measure,
-        model_name=request.model_name,
-        stamp=stamp,
-    )
-    return render_json(
-        {
-            "text1": request.text1,
-            "text2": request.text2,
-            "similarity_measure": similarity.measure,
-            "similarity_score": similarity.score,
-            "embedding1": similarity.vector1,
-            "embedding2": similarity.vector2,
-        }
-    )
 
 
 @router.post(

@@ -104,6 +104,23 @@ COUNT_BY_GROUP = (
     .order_by(embeddings.c.model_name, embeddings.c.recipe)
 )
 
+FIND_LAST_ROW_ID = select(func.max(embeddings.c.id)).where(*_IS_WANTED_RECIPE)
+
+COUNT_GROUP = select(func.count()).select_from(embeddings).where(*_IS_WANTED_RECIPE)
+
+# Rows are numbered in the index alone; the table is read for those chosen only.
+_numbered = (
+    select(embeddings.c.id, func.row_number().over(order_by=embeddings.c.id).label("number"))
+    .where(*_IS_WANTED_RECIPE)
+    .subquery()
+)
+READ_EVERY_NTH_VECTOR = (
+    select(_as_bytes(embeddings.c.embedding))
+    .join(_numbered, _numbered.c.id == embeddings.c.id)
+    .where(_numbered.c.number % bindparam("every") == 0)
+    .order_by(embeddings.c.id)
+)
+
 READ_VECTORS = (
     select(embeddings.c.id, _as_bytes(embeddings.c.embedding))
     .where(*_IS_WANTED_RECIPE, embeddings.c.id > bindparam("after_row_id"))

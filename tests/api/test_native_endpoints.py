@@ -47,7 +47,28 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     SIMILARITY: (
         "post",
         {"client_ip": ABSENT},
-        {"text1": REQUIRED, "text2": REQUIRED, "model_name": None, "similarity_measure": "cosine_similarity"},
+        {
+            "text1": REQUIRED,
+            "text2": REQUIRED,
+            "model_name": None,
+            "similarity_measure": "cosine_similarity",
+            "with_percentile": False,
+        },
+    ),
+    "/compute_similarity_matrix/": (
+        "post",
+        {"client_ip": ABSENT},
+        {
+            "strings": REQUIRED,
+            "other_strings": None,
+            "similarity_measure": "cosine_similarity",
+            "model_name": None,
+        },
+    ),
+    "/compare_strings_token_by_token/": (
+        "post",
+        {"client_ip": ABSENT},
+        {"text1": REQUIRED, "text2": REQUIRED, "model_name": None},
     ),
     SEARCH: (
         "post",

@@ -33,6 +33,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "EMBEDDING_CACHE_SIZE_IN_MB": (0, None),
     "MAX_TEXT_LENGTH_IN_CHARACTERS": (1, None),
     "MAX_TEXTS_PER_REQUEST": (1, None),
+    "MAX_SIMILARITY_MATRIX_CELLS": (1, None),
     "MAX_REQUEST_SIZE_IN_MB": (0.001, None),
     "MINIMUM_STRING_LENGTH_FOR_DOCUMENT_EMBEDDING": (1, None),
     "DB_WRITE_BATCH_SIZE": (1, 10_000),

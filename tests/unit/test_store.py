@@ -234,6 +234,30 @@ async def test_texts_are_listed_once_oldest_first(store: EmbeddingStore) -> None
     assert await store.list_texts("unknown", 10, 0) == []
 
 
+@pytest.mark.parametrize(("n_rows", "count", "expected"), [(0, 5, 0), (3, 5, 3), (5, 5, 5), (6, 5, 3), (23, 5, 4)])
+async def test_sample_is_spread_evenly_over_a_groups_rows(
+    n_rows: int, count: int, expected: int, store: EmbeddingStore
+) -> None:
+    """At most as many as asked for, the same every time, and of no other model or recipe."""
+    for number in range(n_rows):
+        await store.add_embeddings([make_embedding(f"text {number}"), make_embedding(f"text {number}", "other")])
+    n_found, vectors = await store.sample_vectors(MODEL, RECIPE, count=count)
+    assert (n_found, len(vectors)) == (n_rows, expected)
+    every = max(1, -(-n_rows // count))
+    wanted = [make_vector(f"text {number}") for number in range(every - 1, n_rows, every)]
+    np.testing.assert_array_equal(vectors, np.array(wanted).reshape(expected, -1) if wanted else vectors)
+    again = await store.sample_vectors(MODEL, RECIPE, count=count)
+    np.testing.assert_array_equal(again[1], vectors)
+
+
+async def test_last_row_of_a_group_is_found(store: EmbeddingStore) -> None:
+    """0 where there is none; rows of other models do not count."""
+    assert await store.find_last_row_id(MODEL, RECIPE) == 0
+    row_ids = await store.add_embeddings([make_embedding("one"), make_embedding("two")])
+    await store.add_embeddings([make_embedding("three", "other")])
+    assert await store.find_last_row_id(MODEL, RECIPE) == max(row_ids)
+
+
 async def test_vectors_are_read_in_pages_of_ascending_ids(store: EmbeddingStore) -> None:
     """Pages put together are the whole group and nothing else, row for row."""
     rows = [make_embedding(str(i)) for i in range(10)]
