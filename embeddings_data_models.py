@@ -237,7 +237,7 @@ class BestMatch(BaseModel):
     token: str = Field(examples=[" chilly"])
     best_match_position: int = Field(examples=[4])
     best_match_token: str = Field(examples=[" cold"])
-    cosine_similarity: float = Field(examples=[0.725])
+    cosine_similarity: float = Field(examples=[0.780])
 
 
 class TokenComparisonResponse(BaseModel):
@@ -250,9 +250,9 @@ class TokenComparisonResponse(BaseModel):
     )
     best_matches1: list[BestMatch] = Field(description="For each token of `text1` the nearest of `text2`.")
     best_matches2: list[BestMatch] = Field(description="For each token of `text2` the nearest of `text1`.")
-    maxsim_score: float = Field(description="The mean of `best_matches1`: `maxsim` of the two texts.", examples=[0.722])
+    maxsim_score: float = Field(description="The mean of `best_matches1`: `maxsim` of the two texts.", examples=[0.694])
     maxsim_score_reversed: float = Field(
-        description="The mean of `best_matches2`: `maxsim` with the texts swapped.", examples=[0.722]
+        description="The mean of `best_matches2`: `maxsim` with the texts swapped.", examples=[0.689]
     )
 
 

@@ -34,6 +34,7 @@ from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import ConfigurationError, ServiceError
+from llama_embeddings.heat_maps import Painter
 from llama_embeddings.inference.backend import Backend
 from llama_embeddings.inference.model_cache import EngineOptions, ModelCache
 from llama_embeddings.services.container import Services
@@ -210,7 +211,9 @@ def make_services(
     token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
     reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
     documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
+    painter = Painter()
     stack.callback(reader.close)
+    stack.callback(painter.close)
     for service in (embeddings, token_embeddings, documents):
         stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
     return Services(
@@ -225,6 +228,7 @@ def make_services(
             token_embeddings,
             models,
             SimilarityScales(store),
+            painter,
             max_cells=settings.max_similarity_matrix_cells,
         ),
     )

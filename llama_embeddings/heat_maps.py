@@ -1,7 +1,8 @@
 """Matrices as pictures: a PNG heat map with a label for each row and column.
 
-The only importer of `matplotlib`, which is loaded at the first picture: it takes a second and some 30 MB. Only its
-objects are used, never the state of `pyplot`. Knows no measures, no models and no HTTP.
+The only importer of `matplotlib`, which is loaded at the first picture, and by the server in a process of its own: it
+holds the interpreter's lock for up to a quarter of a second at a time. Only its objects are used, never the state of
+`pyplot`. Knows no measures, no models and no HTTP.
 
 Labels come from users: any script, any length. They are shaped and ordered by matplotlib (right-to-left scripts
 included), shortened, never read as formulas, and a character that no font of this machine has becomes a box, as the
@@ -10,19 +11,28 @@ picture then says.
 
 from __future__ import annotations
 
+import asyncio
 import io
+import logging
+import multiprocessing
 import threading
 import unicodedata
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llama_embeddings.errors import ServiceError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
+
+logger = logging.getLogger(__name__)
 
 LONGEST_LABEL, LONGEST_TITLE = 40, 120
 MOST_NUMBERS_SHOWN = 400
@@ -78,6 +88,37 @@ class HeatMap:
     title: str
     higher_is_better: bool = True
     marks: np.ndarray | None = None
+
+
+class Painter:
+    """Has pictures drawn by a process of its own, one at a time; it is started for the first one."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    async def draw(self, picture: HeatMap) -> bytes:
+        """See the function of this name. Raises ServiceError if the process died."""
+        if self._pool is None:
+            # A forked child would inherit the engine's locks in whatever state they are.
+            self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+        pool = self._pool
+        try:
+            # On a thread: the first submission starts the process, which takes its time.
+            future = await asyncio.to_thread(pool.submit, draw, picture)
+            return await asyncio.wrap_future(future)
+        except BrokenProcessPool:
+            if self._pool is pool:
+                self._pool = None
+            logger.exception("The process that draws died; the next picture gets a new one")
+            raise ServiceError("The picture could not be drawn: its process died. Ask for JSON, or again.") from None
+
+    def close(self) -> None:
+        """End the process; a picture that is being drawn is given up."""
+        if self._pool is not None:
+            # The pool has no public way to stop a task that is running.
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def draw(picture: HeatMap) -> bytes:

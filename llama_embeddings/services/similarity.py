@@ -1,6 +1,7 @@
 """How alike texts are, by any of the measures: two, all pairs of two lists, or token by token.
 
 Scores are computed in threads; the compiled measures release the interpreter's lock, so the event loop goes on.
+Pictures are drawn in a process.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 
 import similarity_measures
 from embeddings_data_models import RequestStamp, StoredTokenLevelBundle
-from llama_embeddings import heat_maps
 from llama_embeddings.errors import InvalidInput, RequestTooLarge, UnsupportedMeasure
+from llama_embeddings.heat_maps import HeatMap, Painter
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.similarity_scales import SimilarityScales, Standing
@@ -82,6 +83,7 @@ class SimilarityService:
         token_embeddings: TokenEmbeddingService,
         models: ModelService,
         scales: SimilarityScales,
+        painter: Painter,
         *,
         max_cells: int,
     ) -> None:
@@ -90,8 +92,7 @@ class SimilarityService:
         self._models = models
         self._scales = scales
         self._max_cells = max_cells
-        # Pictures are drawn one at a time, and who waits for one must not hold a thread meanwhile.
-        self._drawing = asyncio.Lock()
+        self._painter = painter
 
     async def compare(
         self,
@@ -223,8 +224,8 @@ class SimilarityService:
     ) -> bytes:
         """A PNG of the matrix with the strings along its sides."""
         columns = strings if other_strings is None else other_strings
-        return await self._draw(
-            heat_maps.HeatMap(
+        return await self._painter.draw(
+            HeatMap(
                 matrix.scores,
                 tuple(strings),
                 tuple(columns),
@@ -235,8 +236,8 @@ class SimilarityService:
 
     async def draw_token_comparison(self, comparison: TokenComparison) -> bytes:
         """A PNG of the tokens' cosines with the best of each row marked: their mean is the MaxSim."""
-        return await self._draw(
-            heat_maps.HeatMap(
+        return await self._painter.draw(
+            HeatMap(
                 comparison.cosines,
                 comparison.tokens1,
                 comparison.tokens2,
@@ -244,10 +245,6 @@ class SimilarityService:
                 marks=comparison.cosines.argmax(axis=1),
             )
         )
-
-    async def _draw(self, picture: heat_maps.HeatMap) -> bytes:
-        async with self._drawing:
-            return await asyncio.to_thread(heat_maps.draw, picture)
 
 
 def _resolve(measure: str) -> Measure:

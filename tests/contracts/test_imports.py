@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     f"{PACKAGE}.storage": EVERYBODY_BELOW,
     f"{PACKAGE}.vectors": EVERYBODY_BELOW,
     f"{PACKAGE}.documents": EVERYBODY_BELOW,
-    f"{PACKAGE}.heat_maps": set(),
+    f"{PACKAGE}.heat_maps": {f"{PACKAGE}.errors"},
     f"{PACKAGE}.services": FOUNDATIONS | EVERYBODY_BELOW | {"similarity_measures", f"{PACKAGE}.heat_maps"},
     f"{PACKAGE}.api": {f"{PACKAGE}.services"} | EVERYBODY_BELOW,
 }

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embeddings_data_models import (
     CHILLY,
     COLD,
+    BestMatch,
     ModelDescription,
     SearchResult,
+    SimilarityMatrixResponse,
     SimilarityResponse,
+    TokenComparisonResponse,
     TokenEmbedding,
     TokenLevelEmbeddingsResponse,
 )
@@ -54,3 +58,20 @@ def test_examples_are_what_the_default_model_answers(tmp_path: Path) -> None:
         ]
         for field in ("model_name", "state", "n_dims", "window", "pooling", "size_in_bytes", "licence", "recipe"):
             assert described[field] == example(ModelDescription, field), field
+
+
+def test_examples_of_the_laboratory_are_what_the_default_model_answers(tmp_path: Path) -> None:
+    """The matrix, the tokens and the best match shown in Swagger."""
+    with start_server(tmp_path) as server, server.client() as client:
+        texts = {"text1": "I feel extremely chilly", "text2": "I am so cold"}
+        matrix = client.post("/compute_similarity_matrix/", json={"strings": list(texts.values())}).json()
+        shown = example(SimilarityMatrixResponse, "similarity_matrix")
+        np.testing.assert_allclose(matrix["similarity_matrix"], shown, atol=5e-3)
+        tokens = client.post("/compare_strings_token_by_token/", json=texts).json()
+        for field in ("tokens1", "tokens2"):
+            assert tokens[field] == example(TokenComparisonResponse, field)
+        for field in ("maxsim_score", "maxsim_score_reversed"):
+            assert tokens[field] == pytest.approx(example(TokenComparisonResponse, field), abs=1e-2)
+        match = tokens["best_matches1"][4]
+        assert match.pop("cosine_similarity") == pytest.approx(example(BestMatch, "cosine_similarity"), abs=1e-2)
+        assert match == {field: example(BestMatch, field) for field in match}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 from llama_embeddings import heat_maps
-from llama_embeddings.heat_maps import BOX, HeatMap, choose_labelled, draw, measure_side, prepare_label
+from llama_embeddings.errors import ServiceError
+from llama_embeddings.heat_maps import BOX, HeatMap, Painter, choose_labelled, draw, measure_side, prepare_label
 from tests.serving import PROJECT_DIRECTORY
 
 LABELS = (
@@ -127,3 +129,25 @@ def test_matplotlib_is_loaded_at_the_first_picture_and_pyplot_never() -> None:
         [sys.executable, "-c", code], cwd=PROJECT_DIRECTORY, capture_output=True, text=True, check=True, timeout=120
     )
     assert completed.stdout.split() == ["False", "True", "False"]
+
+
+async def test_painter_draws_in_another_process_and_survives_its_death() -> None:
+    """The same picture as in this process; one that dies costs one picture an error, and the next is drawn again."""
+    painter = Painter()
+    try:
+        assert await painter.draw(make_map(2, 2)) == draw(make_map(2, 2))
+        assert painter._pool is not None
+        [process] = painter._pool._processes.values()
+        assert process.pid != os.getpid()
+        process.kill()
+        process.join()
+        with pytest.raises(ServiceError, match="could not be drawn"):
+            await painter.draw(make_map(2, 2))
+        assert await painter.draw(make_map(2, 2)) == draw(make_map(2, 2))
+    finally:
+        painter.close()
+
+
+def test_painter_that_never_drew_is_closed_without_a_process() -> None:
+    """Nothing is started for nothing."""
+    Painter().close()
