@@ -15,6 +15,7 @@ import asyncio
 import io
 import logging
 import multiprocessing
+import os
 import threading
 import unicodedata
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 LONGEST_LABEL, LONGEST_TITLE = 40, 120
 MOST_NUMBERS_SHOWN = 400
 DOTS_PER_INCH = 100
+NICENESS = 10
 INCHES_PER_CELL = 0.36
 LONGEST_SIDE_INCHES, SHORTEST_SIDE_INCHES = 22.0, 1.4
 # Labels closer together than this cannot be read; then only every second, third, … is shown.
@@ -100,7 +102,13 @@ class Painter:
         """See the function of this name. Raises ServiceError if the process died."""
         if self._pool is None:
             # A forked child would inherit the engine's locks in whatever state they are.
-            self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+            self._pool = ProcessPoolExecutor(
+                max_workers=1,
+                mp_context=multiprocessing.get_context("spawn"),
+                # Embeddings come first where there are few cores.
+                initializer=os.nice,
+                initargs=(NICENESS,),
+            )
         pool = self._pool
         try:
             # On a thread: the first submission starts the process, which takes its time.
