@@ -233,6 +233,40 @@ def _chebyshev_rows(x: Vector, Y: Matrix) -> Vector:
     return distances
 
 
+# The same for one pair, as a plain number: an array takes as long to hand over as it takes to fill. NaN says that there
+# is something unusable, and leaves it to the slow way to say what.
+
+
+@_compile()
+def _single(scores: Vector) -> float:
+    return scores[0] if scores.size > 0 else math.nan
+
+
+@_compile()
+def _cosine_pair(x: Vector, y: Vector) -> float:
+    return _single(_cosine_rows(x, y.reshape(1, -1)))
+
+
+@_compile()
+def _dot_pair(x: Vector, y: Vector) -> float:
+    return _single(_dot_rows(x, y.reshape(1, -1)))
+
+
+@_compile()
+def _euclidean_pair(x: Vector, y: Vector) -> float:
+    return _single(_euclidean_rows(x, y.reshape(1, -1)))
+
+
+@_compile()
+def _manhattan_pair(x: Vector, y: Vector) -> float:
+    return _single(_manhattan_rows(x, y.reshape(1, -1)))
+
+
+@_compile()
+def _chebyshev_pair(x: Vector, y: Vector) -> float:
+    return _single(_chebyshev_rows(x, y.reshape(1, -1)))
+
+
 def cosine_similarity(query: ArrayLike, candidates: ArrayLike) -> Vector:
     """Cosine of the angle: x·y / (|x| |y|).
 
@@ -1187,7 +1221,8 @@ class Measure:
 
     `range` is what the results lie in, ±inf where there is no bound (ties can push Hoeffding's D below its range in few
     dimensions); `cost` is the time for one pair of vectors of d dimensions; `symmetric` says whether query and
-    candidate can change places; `minimum_dimensions` is the least d for which the formula exists.
+    candidate can change places; `minimum_dimensions` is the least d for which the formula exists; `compare_pair`, where
+    there is one, takes two float64 (d,) the quick way and gives NaN where a value is unusable.
     """
 
     name: str
@@ -1199,6 +1234,7 @@ class Measure:
     kind: MeasureKind = MeasureKind.VECTOR
     symmetric: bool = True
     minimum_dimensions: int = 1
+    compare_pair: Callable[[Vector, Vector], float] | None = None
 
     @property
     def summary(self) -> str:
@@ -1222,11 +1258,34 @@ _D_LOG_D = "O(d log d)"
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        Measure("cosine_similarity", cosine_similarity, _CORRELATION, aliases=("cosine",)),
-        Measure("dot_product", dot_product, (-math.inf, math.inf), aliases=("dot", "inner_product")),
-        Measure("euclidean_distance", euclidean_distance, _DISTANCE, False, aliases=("euclidean", "l2_distance")),
-        Measure("manhattan_distance", manhattan_distance, _DISTANCE, False, aliases=("manhattan", "l1_distance")),
-        Measure("chebyshev_distance", chebyshev_distance, _DISTANCE, False, aliases=("chebyshev",)),
+        Measure("cosine_similarity", cosine_similarity, _CORRELATION, aliases=("cosine",), compare_pair=_cosine_pair),
+        Measure(
+            "dot_product", dot_product, (-math.inf, math.inf), aliases=("dot", "inner_product"), compare_pair=_dot_pair
+        ),
+        Measure(
+            "euclidean_distance",
+            euclidean_distance,
+            _DISTANCE,
+            False,
+            aliases=("euclidean", "l2_distance"),
+            compare_pair=_euclidean_pair,
+        ),
+        Measure(
+            "manhattan_distance",
+            manhattan_distance,
+            _DISTANCE,
+            False,
+            aliases=("manhattan", "l1_distance"),
+            compare_pair=_manhattan_pair,
+        ),
+        Measure(
+            "chebyshev_distance",
+            chebyshev_distance,
+            _DISTANCE,
+            False,
+            aliases=("chebyshev",),
+            compare_pair=_chebyshev_pair,
+        ),
         Measure("pearson_correlation", pearson_correlation, _CORRELATION, aliases=("pearson",)),
         Measure("spearman_rho", spearman_rho, _CORRELATION, cost=_D_LOG_D, aliases=("spearman",)),
         Measure("kendall_tau", kendall_tau, _CORRELATION, cost=_D_LOG_D, aliases=("kendall", "kendall_tau_b")),
@@ -1299,6 +1358,12 @@ def compute_similarity(name: str, vector1: ArrayLike, vector2: ArrayLike) -> flo
     if measure.kind is _TOKENS:
         return float(measure.function(vector1, vector2))
     second = np.asarray(vector2, np.float64)
+    if measure.compare_pair is not None:
+        first = np.asarray(vector1, np.float64)
+        if first.shape == second.shape and first.ndim == 1 <= first.size and first.flags.carray and second.flags.carray:
+            quick: float = measure.compare_pair(first, second)
+            if quick == quick:
+                return quick
     if second.ndim != 1:
         raise ValueError(f"Expected two vectors (d,), got the shapes {np.shape(vector1)} and {second.shape}.")
     score: float = measure.function(vector1, second[None]).item()
@@ -1342,4 +1407,6 @@ def warm_up() -> None:
     vectors = np.random.default_rng(0).standard_normal((2, 8))
     for measure in MEASURES.values():
         measure.function(vectors[:1] if measure.kind is MeasureKind.TOKENS else vectors[0], vectors)
+        if measure.kind is MeasureKind.VECTOR:
+            compute_similarity(measure.name, *vectors)
     compute_all(vectors[0], vectors)
