@@ -40,7 +40,8 @@ from llama_embeddings.inference.model_cache import EngineOptions, ModelCache
 from llama_embeddings.services.container import Services
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
-from llama_embeddings.services.embeddings import EmbeddingService, load_indexes, load_known_texts
+from llama_embeddings.services.embeddings import EmbeddingService, load_known_texts
+from llama_embeddings.services.indexing import IndexService, TextVectors
 from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
@@ -118,13 +119,11 @@ async def start_services(settings: Settings, backend: Backend | None, stack: Asy
     store = await open_store(settings, stack)
     catalogue = await open_catalogue(settings, stack)
     models = await start_models(settings, backend, catalogue, stack)
-    indexes = VectorIndexes()
-    n_rows = await load_indexes(store, indexes)
-    logger.info("Indexed %d stored embeddings", n_rows)
+    indexing = await start_indexing(store, stack)
     known = KnownTexts()
     await load_known_texts(store, known)
     await asyncio.to_thread(similarity_measures.warm_up)
-    return make_services(settings, store, models, indexes, known, stack)
+    return make_services(settings, store, models, indexing, known, stack)
 
 
 async def open_store(settings: Settings, stack: AsyncExitStack) -> EmbeddingStore:
@@ -188,6 +187,17 @@ async def start_models(
     return models
 
 
+async def start_indexing(store: EmbeddingStore, stack: AsyncExitStack) -> IndexService:
+    """The indexes over all stored vectors, with their upkeep; snapshots lie beside the database."""
+    directory = store.path.with_name(f"{store.path.name}.indexes")
+    indexing = IndexService(VectorIndexes(), [TextVectors(store)], directory)
+    n_rows = await indexing.load()
+    logger.info("Indexed %d stored embeddings", n_rows)
+    indexing.start()
+    stack.push_async_callback(indexing.close)
+    return indexing
+
+
 def make_llama_backend() -> Backend:
     """llama.cpp, imported only when it is used."""
     from llama_embeddings.inference.llama_backend import LlamaBackend
@@ -199,7 +209,7 @@ def make_services(
     settings: Settings,
     store: EmbeddingStore,
     models: ModelService,
-    indexes: VectorIndexes,
+    indexing: IndexService,
     known: KnownTexts,
     stack: AsyncExitStack,
 ) -> Services:
@@ -207,7 +217,7 @@ def make_services(
     limits = TextLimits(settings.max_text_length_in_characters, settings.max_texts_per_request)
     truncation = Truncation(settings.truncation)
     memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
-    embeddings = EmbeddingService(store, models, indexes, memory, known, limits=limits, default_truncation=truncation)
+    embeddings = EmbeddingService(store, models, indexing, memory, known, limits=limits, default_truncation=truncation)
     token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
     reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
     documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
@@ -222,7 +232,7 @@ def make_services(
         embeddings=embeddings,
         token_embeddings=token_embeddings,
         documents=documents,
-        search=SearchService(store, models, embeddings, indexes),
+        search=SearchService(store, models, embeddings, indexing),
         similarity=SimilarityService(
             embeddings,
             token_embeddings,

@@ -7,7 +7,6 @@ truncation rule and is kept under a recipe of its own, so that a cut text's vect
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,13 +26,13 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import ServiceError
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
+from llama_embeddings.services.indexing import IndexService
 from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
 from llama_embeddings.storage.store import EmbeddingStore
-from llama_embeddings.vectors.index import VectorIndexes
 
 
 class Source(StrEnum):
@@ -80,7 +79,7 @@ class EmbeddingService:
         self,
         store: EmbeddingStore,
         models: ModelService,
-        indexes: VectorIndexes,
+        indexing: IndexService,
         memory: EmbeddingMemoryCache,
         known: KnownTexts,
         *,
@@ -89,7 +88,7 @@ class EmbeddingService:
     ) -> None:
         self._store = store
         self._models = models
-        self._indexes = indexes
+        self._indexing = indexing
         self._memory = memory
         self._known = known
         self._limits = limits
@@ -230,7 +229,7 @@ class EmbeddingService:
         row_ids = await self._store.add_embeddings(rows)
         self._known.add(row.text_hash for row in rows)
         vectors = np.stack([row.vector for row in rows])
-        await self._index(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
+        self._indexing.add(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
         kept = {}
         for row_id, row in zip(row_ids, rows, strict=True):
             embedding = StoredEmbedding(row_id, row.text_hash, row.vector, row.n_tokens, row.n_tokens_dropped)
@@ -238,33 +237,9 @@ class EmbeddingService:
             kept[row.text_hash] = embedding
         return kept
 
-    async def _index(self, model_name: str, family: str, row_ids: np.ndarray, vectors: np.ndarray) -> None:
-        if self._indexes.is_small(model_name, family):
-            self._indexes.add(model_name, family, row_ids, vectors)
-        else:
-            # A search may hold a large index for long, and the event loop must not wait for it.
-            await asyncio.to_thread(self._indexes.add, model_name, family, row_ids, vectors)
-
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""
         await self._flights.drain(timeout_seconds=timeout_seconds)
-
-
-async def load_indexes(store: EmbeddingStore, indexes: VectorIndexes, *, rows_per_read: int = 50_000) -> int:
-    """Fill the indexes from the stored rows; returns how many there were."""
-    count = 0
-    for group in await store.embedding_groups():
-        after_row_id = 0
-        while True:
-            row_ids, vectors = await store.read_vectors(
-                group.model_name, group.recipe, after_row_id=after_row_id, limit=rows_per_read
-            )
-            if len(row_ids) == 0:
-                break
-            indexes.add(group.model_name, recipe_family(group.recipe), row_ids, vectors)
-            after_row_id = int(row_ids[-1])
-            count += len(row_ids)
-    return count
 
 
 async def load_known_texts(store: EmbeddingStore, known: KnownTexts, *, rows_per_read: int = 50_000) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import numpy as np
 
 from embeddings_data_models import InputType, RequestStamp, Truncation
 from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.indexing import IndexService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.storage.store import EmbeddingStore
-from llama_embeddings.vectors.index import VectorIndexes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +25,12 @@ class SearchService:
     """Queries in, stored texts out."""
 
     def __init__(
-        self, store: EmbeddingStore, models: ModelService, embeddings: EmbeddingService, indexes: VectorIndexes
+        self, store: EmbeddingStore, models: ModelService, embeddings: EmbeddingService, indexing: IndexService
     ) -> None:
         self._store = store
         self._models = models
         self._embeddings = embeddings
-        self._indexes = indexes
+        self._indexing = indexing
 
     async def search(
         self,
@@ -61,7 +60,7 @@ class SearchService:
         # One more than asked for, as the query is among the stored texts; more again if that was not enough.
         n_wanted = count + 1
         while True:
-            found = await asyncio.to_thread(self._search_families, name, families, answer.vector, n_wanted)
+            found = await self._search_families(name, families, answer.vector, n_wanted)
             texts = await self._store.texts_of_rows([row_id for row_id, _ in found])
             hits: dict[str, float] = {}
             for row_id, score in found:
@@ -72,12 +71,12 @@ class SearchService:
                 return [SearchHit(text, score) for text, score in list(hits.items())[:count]]
             n_wanted *= 2
 
-    def _search_families(
+    async def _search_families(
         self, name: str, families: set[str], vector: np.ndarray, count: int
     ) -> list[tuple[int, float]]:
         """Row ids and cosines over all families, best first."""
         found: list[tuple[int, float]] = []
         for family in families:
-            row_ids, scores = self._indexes.search(name, family, vector, count)
+            row_ids, scores = await self._indexing.search(name, family, vector, count)
             found.extend(zip(row_ids.tolist(), scores.tolist(), strict=True))
         return sorted(found, key=lambda hit: -hit[1])[:count]

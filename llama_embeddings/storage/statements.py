@@ -128,6 +128,21 @@ READ_VECTORS = (
     .limit(bindparam("limit"))
 )
 
+READ_ROW_IDS = (
+    select(embeddings.c.id)
+    .where(*_IS_WANTED_RECIPE, embeddings.c.id > bindparam("after_row_id"))
+    .order_by(embeddings.c.id)
+    .limit(bindparam("limit"))
+)
+
+READ_VECTORS_OF_ROWS = select(embeddings.c.id, _as_bytes(embeddings.c.embedding)).where(
+    _is_any_of(embeddings.c.id, "row_ids")
+)
+
+READ_VECTORS_OF_RANGE = select(embeddings.c.id, _as_bytes(embeddings.c.embedding)).where(
+    embeddings.c.id.between(bindparam("first"), bindparam("last"))
+)
+
 DELETE_EMBEDDINGS_OF_TEXT = (
     delete(embeddings)
     .where(embeddings.c.text_hash == bindparam("text_hash_to_delete"))

@@ -55,6 +55,11 @@ from llama_embeddings.storage.writes import RemovedRow, split
 # How long a readiness check may wait for a locked database.
 PROBE_TIMEOUT_SECONDS = 2.0
 
+# Rows by id up to here are read on the thread of the hot lookups: some milliseconds.
+MAX_ROWS_OF_A_LOOKUP = 512
+# Reading a row in passing costs about a quarter of finding it by its id.
+MAX_SPREAD_OF_A_RANGE = 4
+
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
@@ -116,6 +121,11 @@ class EmbeddingStore:
         write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
         return cls(writer, create_lookup_engine(url), create_reader_engine(url), write_queue)
+
+    @property
+    def path(self) -> Path:
+        """The database file."""
+        return Path(str(self._writer.url.database))
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
@@ -187,9 +197,33 @@ class EmbeddingStore:
         what came later. (0,) and (0, 0) if there is nothing.
         """
         parameters = {"model_name": model_name, "recipe": recipe, "after_row_id": after_row_id, "limit": limit}
-        rows = await self._fetch(statements.READ_VECTORS, parameters)
-        row_ids = np.fromiter((row[0] for row in rows), dtype=np.int64, count=len(rows))
-        return row_ids, _stack([row[1] for row in rows])
+        return _split_rows(await self._fetch(statements.READ_VECTORS, parameters))
+
+    async def read_row_ids(self, model_name: str, recipe: str, *, after_row_id: int, limit: int) -> np.ndarray:
+        """The next `limit` ids of a group's rows that a search may find: int64 (n,), ascending."""
+        parameters = {"model_name": model_name, "recipe": recipe, "after_row_id": after_row_id, "limit": limit}
+        rows = await self._fetch(statements.READ_ROW_IDS, parameters)
+        return np.fromiter((row_id for (row_id,) in rows), dtype=np.int64, count=len(rows))
+
+    async def read_vectors_of_rows(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 (m,), in any order, and vectors float32 (m, n_dims) of rows of one group; rows gone are absent.
+
+        A few are a hot lookup; many take a reader. Ids that lie close together are read as a range.
+        """
+        if len(row_ids) == 0:
+            return _split_rows([])
+        wanted: list[int] = row_ids.tolist()
+        if len(wanted) <= MAX_ROWS_OF_A_LOOKUP:
+            return _split_rows(await self._look_up(statements.READ_VECTORS_OF_ROWS, {"row_ids": wanted}))
+        first, last = min(wanted), max(wanted)
+        if last - first < MAX_SPREAD_OF_A_RANGE * len(wanted):
+            among = set(wanted)
+            rows = await self._fetch(statements.READ_VECTORS_OF_RANGE, {"first": first, "last": last})
+            return _split_rows([row for row in rows if row[0] in among])
+        rows = []
+        for part in split(wanted):
+            rows.extend(await self._fetch(statements.READ_VECTORS_OF_ROWS, {"row_ids": part}))
+        return _split_rows(rows)
 
     async def read_text_hashes(self, *, after_row_id: int, limit: int) -> tuple[int, list[str]]:
         """The next `limit` rows' text hashes, of all models, and the id of the last; (after_row_id, []) at the end."""
@@ -364,6 +398,12 @@ def _synchronise(path: Path) -> None:
 
 def _decode(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<f4")
+
+
+def _split_rows(rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of id and vector as ids int64 (n,) and vectors float32 (n, n_dims)."""
+    row_ids = np.fromiter((row[0] for row in rows), dtype=np.int64, count=len(rows))
+    return row_ids, _stack([row[1] for row in rows])
 
 
 def _stack(vectors: Sequence[bytes]) -> np.ndarray:

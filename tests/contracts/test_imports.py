@@ -40,7 +40,7 @@ ALLOWED[COMPOSITION_ROOT] = set(ALLOWED)
 # Libraries with one importer each.
 SOLE_IMPORTERS = {
     "llama_cpp": f"{PACKAGE}.inference.llama_backend",
-    "faiss": f"{PACKAGE}.vectors.index",
+    "faiss": f"{PACKAGE}.vectors.compressed",
     "decouple": f"{PACKAGE}.settings",
     "matplotlib": f"{PACKAGE}.heat_maps",
 }

@@ -1,0 +1,400 @@
+"""The index in service: rows are added and removed, searches ranked exactly, and upkeep done beside them.
+
+The database is the truth. At the start an index is what its snapshot holds, less the rows that are gone, plus those
+that came since; without a usable snapshot it is made from the database. Later a task in the background compresses an
+index that has grown, merges new rows, and writes snapshots. What a vector stands for is a source's matter: texts have
+one, other kinds of rows bring theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from embeddings_data_models import recipe_family
+from llama_embeddings.errors import ServiceError
+from llama_embeddings.storage.store import EmbeddingStore
+from llama_embeddings.storage.writes import RemovedRow
+from llama_embeddings.vectors.compressed import Cancelled
+from llama_embeddings.vectors.id_arrays import NO_IDS, contains
+from llama_embeddings.vectors.index import NO_SCORES, Key, Step, VectorIndex, VectorIndexes, rank
+from llama_embeddings.vectors.memory import release_memory
+from llama_embeddings.vectors.rebuilding import Rebuild
+from llama_embeddings.vectors.snapshots import (
+    Snapshot,
+    UnusableSnapshot,
+    compute_digests,
+    delete_leftovers,
+    read_snapshot,
+    write_snapshot,
+)
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_READ = 4_096
+IDS_PER_READ = 50_000
+N_WITNESSES = 96
+N_NEWEST_WITNESSES = 32
+# Between two steps of a merge, so that searches that waited come first.
+PAUSE_SECONDS = 0.001
+RETRY_SECONDS = 30.0
+# How often new rows are counted while an index is made anew.
+LOOK_AGAIN_SECONDS = 0.2
+# Exact scans read every vector; more than this many at a time would take the readers from everybody else.
+MAX_EXACT_SCANS = 2
+# Upkeep yields to whatever else wants the processor.
+NICENESS = 10
+
+Result = TypeVar("Result")
+FoundRows = tuple[np.ndarray, np.ndarray]
+
+
+class VectorSource(Protocol):
+    """Where the vectors of some indexes are stored. Vectors have unit length."""
+
+    # What the recipe families of its indexes begin with; of several that fit, the longest counts.
+    prefix: str
+
+    async def keys(self) -> list[Key]:
+        """The indexes there should be: model names and recipe families with rows."""
+
+    async def read_row_ids(self, model_name: str, family: str) -> np.ndarray:
+        """Ids of all rows that a search may find: int64 (n,), ascending."""
+
+    async def read_vectors(self, row_ids: np.ndarray) -> FoundRows:
+        """Ids int64 (m,) and vectors float32 (m, n_dims) of those rows of one index that are there, in any order."""
+
+
+class TextVectors:
+    """The embeddings of texts."""
+
+    prefix = ""
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self._store = store
+        self.read_vectors = store.read_vectors_of_rows
+
+    async def keys(self) -> list[Key]:
+        """Every model and recipe family with rows."""
+        groups = await self._store.embedding_groups()
+        return sorted({(group.model_name, recipe_family(group.recipe)) for group in groups})
+
+    async def read_row_ids(self, model_name: str, family: str) -> np.ndarray:
+        parts = [NO_IDS]
+        for group in await self._store.embedding_groups():
+            if (group.model_name, recipe_family(group.recipe)) == (model_name, family):
+                parts += [part async for part in self._read_group(model_name, group.recipe)]
+        return np.sort(np.concatenate(parts))
+
+    async def _read_group(self, model_name: str, recipe: str) -> AsyncIterator[np.ndarray]:
+        after_row_id = 0
+        while len(
+            row_ids := await self._store.read_row_ids(model_name, recipe, after_row_id=after_row_id, limit=IDS_PER_READ)
+        ):
+            yield row_ids
+            after_row_id = int(row_ids[-1])
+
+
+class IndexService:
+    """The one way to the indexes. Used on the event loop; what takes long is done on threads."""
+
+    def __init__(self, indexes: VectorIndexes, sources: Sequence[VectorSource], directory: Path | None) -> None:
+        """`directory` holds the snapshots; without one there are none."""
+        self._indexes = indexes
+        self._sources = sorted(sources, key=lambda source: -len(source.prefix))
+        self._directory = directory
+        self._exact_scans = asyncio.Semaphore(MAX_EXACT_SCANS)
+        self._upkeep_thread = ThreadPoolExecutor(1, thread_name_prefix="index-upkeep", initializer=_be_nice)
+        self._upkeep: asyncio.Task[None] | None = None
+        self._is_wanted = asyncio.Event()
+        self._rebuilds: dict[Key, Rebuild] = {}
+
+    # --- rows ---
+
+    def add(self, model_name: str, family: str, row_ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Let int64 (n,) rows with float32 (n, n_dims) unit vectors be found from now on. Takes microseconds."""
+        index = self._indexes.add(model_name, family, row_ids, vectors)
+        if index is not None and not self._is_wanted.is_set() and index.next_step() is not None:
+            self._is_wanted.set()
+
+    async def remove(self, removed: Sequence[RemovedRow]) -> int:
+        """Let rows of the database that were deleted not be found any more; returns how many could be."""
+        n_removed = 0
+        keyed = sorted((model_name, recipe_family(recipe), row_id) for model_name, recipe, row_id in removed)
+        for key, rows in groupby(keyed, key=lambda row: row[:2]):
+            row_ids = np.array([row_id for *_, row_id in rows], np.int64)
+            model_name, family = key
+            n_removed += await asyncio.to_thread(self._indexes.remove, model_name, family, row_ids)
+        return n_removed
+
+    # --- searching ---
+
+    async def search(
+        self,
+        model_name: str,
+        family: str,
+        vector: np.ndarray,
+        count: int,
+        *,
+        allowed: np.ndarray | None = None,
+        exact: bool = False,
+    ) -> FoundRows:
+        """The `count` rows nearest to float32 (n_dims,): ids int64 (n,) and cosines float32 (n,), best first.
+
+        Fewer only if fewer are there. `allowed`: sorted row ids, each once, that alone may be found. `exact`: compare
+        with every vector, at the price of reading them all where the index holds codes of them only.
+        """
+        index = self._indexes.get(model_name, family)
+        if index is None or count <= 0:
+            return NO_IDS, NO_SCORES
+        if exact and index.is_compressed:
+            return await self._scan(index, self._find_source(family), vector, count, allowed)
+        n_wanted = count
+        while True:
+            candidates = await asyncio.to_thread(index.search, vector, n_wanted, allowed=allowed)
+            if candidates.is_exact:
+                return candidates.row_ids[:count], candidates.scores[:count]
+            row_ids, vectors = await self._find_source(family).read_vectors(candidates.row_ids)
+            if len(row_ids) >= count or candidates.is_everything:
+                return rank(vector, row_ids, vectors, count)
+            # Rows were deleted and the index has not been told yet.
+            n_wanted *= 2
+
+    async def _scan(
+        self, index: VectorIndex, source: VectorSource, vector: np.ndarray, count: int, allowed: np.ndarray | None
+    ) -> FoundRows:
+        row_ids = await asyncio.to_thread(index.row_ids)
+        if allowed is not None:
+            row_ids = row_ids[contains(allowed, row_ids)]
+        best: FoundRows = (NO_IDS, NO_SCORES)
+        async with self._exact_scans:
+            for part in _split(row_ids):
+                found_ids, vectors = await source.read_vectors(part)
+                found = await asyncio.to_thread(rank, vector, found_ids, vectors, count)
+                best = _best_of_both(best, found, count)
+        return best
+
+    def _find_source(self, family: str) -> VectorSource:
+        return next(source for source in self._sources if family.startswith(source.prefix))
+
+    # --- the start ---
+
+    async def load(self) -> int:
+        """Make every index from its snapshot and the database; returns how many rows they hold."""
+        keys = [(key, source) for source in self._sources for key in await source.keys()]
+        for key, source in keys:
+            started = time.perf_counter()
+            await self._load_index(key, source)
+            index = self._indexes.get(*key)
+            logger.info(
+                "Indexed %d rows of %s in %.1f s", len(index) if index else 0, key[0], time.perf_counter() - started
+            )
+        if self._directory is not None and self._directory.is_dir():
+            await self._try_files(delete_leftovers, self._directory, {key for key, _ in keys})
+        release_memory()
+        return sum(self._indexes.sizes().values())
+
+    async def _load_index(self, key: Key, source: VectorSource) -> None:
+        row_ids = await source.read_row_ids(*key)
+        index = await self._thaw(key, source)
+        if index is not None:
+            held = index.row_ids()
+            index.remove(held[~contains(row_ids, held)])
+            row_ids = row_ids[~contains(held, row_ids)]
+        elif len(row_ids) >= self._indexes.flat_limit:
+            index = await self._build(key, source, row_ids)
+            row_ids = row_ids[~contains(index.row_ids(), row_ids)] if index is not None else row_ids
+        for part in _split(row_ids):
+            index = self._indexes.add(*key, *await source.read_vectors(part)) or index
+            while index is not None and index.next_step() is Step.MERGE:
+                await asyncio.to_thread(index.merge_some, ROWS_PER_READ)
+
+    async def _thaw(self, key: Key, source: VectorSource) -> VectorIndex | None:
+        if self._directory is None:
+            return None
+        try:
+            snapshot = await asyncio.to_thread(read_snapshot, self._directory, key)
+            if snapshot is None:
+                return None
+            await self._check_witnesses(snapshot, source)
+        except (UnusableSnapshot, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("The snapshot of the index of %s is not used, as %s; made anew", key[0], error)
+            return None
+        return self._indexes.thaw(*key, snapshot.frozen)
+
+    async def _check_witnesses(self, snapshot: Snapshot, source: VectorSource) -> None:
+        """Raise UnusableSnapshot if rows of these ids now hold other vectors: the database was replaced."""
+        row_ids, vectors = await source.read_vectors(np.array(list(snapshot.witnesses), np.int64))
+        for row_id, digest in zip(row_ids.tolist(), compute_digests(vectors), strict=True):
+            if snapshot.witnesses[row_id] != digest:
+                raise UnusableSnapshot("it is of another database")
+
+    async def _build(self, key: Key, source: VectorSource, row_ids: np.ndarray) -> VectorIndex | None:
+        """An index of codes from the database, with all cores: nobody else wants them yet."""
+        _, vectors = await source.read_vectors(row_ids[:1])
+        index = self._indexes.get_or_make(*key, vectors.shape[1])
+        rebuild = index.begin_rebuild(row_ids, n_threads=os.cpu_count() or 1)
+        with ThreadPoolExecutor(1, thread_name_prefix="index-building") as thread:
+            if not await self._run_rebuild(index, rebuild, source, thread):
+                return None
+        await self._save(key, index, source)
+        return index
+
+    # --- upkeep ---
+
+    def start(self) -> None:
+        """Begin the upkeep in the background."""
+        self._upkeep = asyncio.create_task(self._keep_up(), name="index upkeep")
+        self._is_wanted.set()
+
+    async def close(self) -> None:
+        """End the upkeep, then write the snapshots that are out of date."""
+        for rebuild in self._rebuilds.values():
+            rebuild.cancel()
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            await asyncio.gather(self._upkeep, return_exceptions=True)
+        await asyncio.to_thread(self._upkeep_thread.shutdown)
+        for key, index in self._indexes.items():
+            if index.n_unsaved:
+                await self._save(key, index, self._find_source(key[1]))
+
+    async def _keep_up(self) -> None:
+        while True:
+            await self._is_wanted.wait()
+            self._is_wanted.clear()
+            for key, index in self._indexes.items():
+                while (step := index.next_step()) is not None:
+                    try:
+                        await self._do(step, key, index)
+                    except (ServiceError, OSError, RuntimeError, MemoryError) as error:
+                        logger.warning("Upkeep of the index of %s failed, tried again later: %s", key[0], error)
+                        await asyncio.sleep(RETRY_SECONDS)
+
+    async def _do(self, step: Step, key: Key, index: VectorIndex) -> None:
+        if step is Step.MERGE:
+            await self._merge(index)
+        elif step is Step.SAVE:
+            await self._save(key, index, self._find_source(key[1]))
+        else:
+            await self._rebuild(key, index)
+
+    async def _merge(self, index: VectorIndex) -> None:
+        # Not on the slow thread: searches wait for it.
+        while await asyncio.to_thread(index.merge_some):  # noqa: ASYNC110 - it is this that makes room
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _rebuild(self, key: Key, index: VectorIndex) -> None:
+        started = time.perf_counter()
+        self._rebuilds[key] = rebuild = index.begin_rebuild()
+        merging = asyncio.create_task(self._merge_while_rebuilding(index))
+        try:
+            is_adopted = await self._run_rebuild(index, rebuild, self._find_source(key[1]), self._upkeep_thread)
+        finally:
+            merging.cancel()
+            await asyncio.gather(merging, return_exceptions=True)
+            index.abandon(rebuild)
+            del self._rebuilds[key]
+        if is_adopted and index.tuning is not None:
+            seconds = time.perf_counter() - started
+            logger.info("Compressed the index of %s, %d rows, in %.1f s: %s", key[0], len(index), seconds, index.tuning)
+        release_memory()
+
+    async def _merge_while_rebuilding(self, index: VectorIndex) -> None:
+        """New rows go to the codes that are in use meanwhile, or they would pile up as vectors."""
+        while index.is_compressed:
+            if index.has_many_new:
+                await self._merge(index)
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+    async def _run_rebuild(
+        self, index: VectorIndex, rebuild: Rebuild, source: VectorSource, thread: ThreadPoolExecutor
+    ) -> bool:
+        """Every step of a rebuild; False if it was cancelled, or every row is gone."""
+        try:
+            row_ids, vectors = await self._read_sample(rebuild, source)
+            await _run_on(thread, partial(rebuild.train, row_ids, vectors))
+            del row_ids, vectors
+            await self._add_rows(rebuild, rebuild.row_ids, source, thread)
+            await _run_on(thread, rebuild.calibrate)
+            while len(missing := await asyncio.to_thread(index.adopt, rebuild)):
+                await self._add_rows(rebuild, missing, source, thread)
+        except Cancelled:
+            index.abandon(rebuild)
+            return False
+        return True
+
+    async def _read_sample(self, rebuild: Rebuild, source: VectorSource) -> FoundRows:
+        parts = [await source.read_vectors(part) for part in _split(rebuild.sample_ids)]
+        parts = [part for part in parts if len(part[0])]
+        if not parts:
+            raise Cancelled
+        return np.concatenate([row_ids for row_ids, _ in parts]), np.concatenate([vectors for _, vectors in parts])
+
+    async def _add_rows(
+        self, rebuild: Rebuild, row_ids: np.ndarray, source: VectorSource, thread: ThreadPoolExecutor
+    ) -> None:
+        for part in _split(row_ids):
+            found_ids, vectors = await source.read_vectors(part)
+            await _run_on(thread, partial(rebuild.add, found_ids, vectors))
+
+    # --- snapshots ---
+
+    async def _save(self, key: Key, index: VectorIndex, source: VectorSource) -> None:
+        """Write a snapshot; where that fails, the index is made from the database at the next start."""
+        frozen = await asyncio.to_thread(index.freeze)
+        if frozen is None or self._directory is None:
+            return
+        witnesses = await source.read_vectors(_choose_witnesses(frozen.row_ids))
+        digests = dict(zip(witnesses[0].tolist(), compute_digests(witnesses[1]), strict=True))
+        # Also where it fails: with no room on the disk, trying again after each row helps nobody.
+        index.note_saved(frozen)
+        await self._try_files(write_snapshot, self._directory, Snapshot(key, frozen, digests))
+
+    async def _try_files(self, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            await asyncio.to_thread(function, *arguments)
+        except OSError as error:
+            logger.warning("The snapshots of the indexes cannot be kept up to date: %s", error)
+
+
+async def _run_on(thread: ThreadPoolExecutor, function: Callable[[], Result]) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(thread, function)
+
+
+def _split(row_ids: np.ndarray) -> list[np.ndarray]:
+    return [row_ids[start : start + ROWS_PER_READ] for start in range(0, len(row_ids), ROWS_PER_READ)]
+
+
+def _best_of_both(first: FoundRows, second: FoundRows, count: int) -> FoundRows:
+    row_ids, scores = (np.concatenate(pair) for pair in zip(first, second, strict=True))
+    best = np.argsort(-scores, kind="stable")[:count]
+    return row_ids[best], scores[best]
+
+
+def _choose_witnesses(row_ids: np.ndarray) -> np.ndarray:
+    """Ids from all over, and the newest: a restored backup gives the ids above its own a second time."""
+    spread = np.linspace(0, len(row_ids) - 1, N_WITNESSES, dtype=np.int64)
+    return np.union1d(row_ids[spread] if len(row_ids) else NO_IDS, row_ids[-N_NEWEST_WITNESSES:])
+
+
+def _be_nice() -> None:
+    """On Linux priorities are of threads: this one waits for the others. Elsewhere it takes its share."""
+    if sys.platform != "linux":
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    except OSError:
+        logger.debug("The thread of the index's upkeep keeps its priority")

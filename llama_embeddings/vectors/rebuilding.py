@@ -1,0 +1,98 @@
+"""The making of a compressed index beside the one in use: train, add every row, calibrate, catch up.
+
+Holds no lock of the index that it is made for, so that searches and additions go on. Reads no vectors itself: callers
+bring those of the ids it asks for.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from llama_embeddings.vectors.calibration import Truth, Tuning, tune
+from llama_embeddings.vectors.compressed import (
+    TRAINING_ROWS_PER_LIST,
+    Cancelled,
+    CompressedRows,
+    choose_n_lists,
+    use_threads,
+)
+from llama_embeddings.vectors.id_arrays import NO_IDS, contains, merge
+
+SAMPLING_SEED = 7
+
+
+class Rebuild:
+    """Steps in order: `train` on the vectors of `sample_ids`, `add` those of `row_ids`, `calibrate`."""
+
+    def __init__(self, row_ids: np.ndarray, *, n_threads: int = 1) -> None:
+        self.row_ids = row_ids
+        self.added_ids = NO_IDS
+        self.rows: CompressedRows | None = None
+        self.tuning: Tuning | None = None
+        self._n_lists = choose_n_lists(len(row_ids))
+        self._n_threads = n_threads
+        self._truth: Truth | None = None
+        self._is_cancelled = threading.Event()
+        # Written under the lock of the index that this is for.
+        self._forgotten: list[np.ndarray] = []
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """Sorted ids to train on: all, or as many at random as the lists want."""
+        n_wanted = self._n_lists * TRAINING_ROWS_PER_LIST
+        if n_wanted >= len(self.row_ids):
+            return self.row_ids
+        chosen = np.random.default_rng(SAMPLING_SEED).choice(len(self.row_ids), n_wanted, replace=False)
+        return self.row_ids[np.sort(chosen)]
+
+    def cancel(self) -> None:
+        """Let the step under way raise Cancelled soon."""
+        self._is_cancelled.set()
+
+    def check(self) -> None:
+        """Raise Cancelled if it was."""
+        if self._is_cancelled.is_set():
+            raise Cancelled
+
+    def train(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Find the lists' centres; raises Cancelled also if every row of the sample is gone."""
+        if len(row_ids) == 0:
+            raise Cancelled
+        use_threads(self._n_threads)
+        chosen = np.random.default_rng(SAMPLING_SEED).permutation(len(row_ids))
+        self._truth = Truth(row_ids[chosen], vectors[chosen])
+        self.rows = CompressedRows.train(vectors, min(self._n_lists, len(row_ids)), self.check)
+
+    def add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
+        """Add rows, none of which was added before."""
+        self.check()
+        if len(row_ids) == 0:
+            return
+        assert self.rows is not None
+        assert self._truth is not None
+        use_threads(self._n_threads)
+        self.rows.add(row_ids, vectors)
+        self.added_ids = merge(self.added_ids, row_ids)
+        if self.tuning is None:
+            self._truth.see(row_ids, vectors)
+
+    def calibrate(self) -> None:
+        """Find how to search it; what is added later is not taken into account."""
+        assert self.rows is not None
+        assert self._truth is not None
+        self.tuning = tune(self.rows, self._truth, self.check)
+        self._truth = None
+
+    def forget(self, row_ids: np.ndarray) -> None:
+        """Note that ids were removed from the index in use; under its lock."""
+        self._forgotten.append(row_ids)
+
+    def apply_forgotten(self) -> None:
+        """Remove what was noted; under the lock of the index in use."""
+        if self._forgotten and self.rows is not None:
+            doomed = np.unique(np.concatenate(self._forgotten))
+            self.rows.remove(doomed)
+            self.added_ids = self.added_ids[~contains(doomed, self.added_ids)]
+        self._forgotten.clear()
