@@ -112,7 +112,9 @@ def make_row(number: int, vector: np.ndarray, recipe: str) -> NewEmbedding:
 def find_recipe() -> str:
     """The recipe family of the default model, from a server of its own."""
     with tempfile.TemporaryDirectory() as directory, serving(Path(directory)) as server:
-        models = json.loads(urllib.request.urlopen(f"{server.url}/get_list_of_models_with_their_states/", timeout=60).read())["models"]
+        models = json.loads(
+            urllib.request.urlopen(f"{server.url}/get_list_of_models_with_their_states/", timeout=60).read()
+        )["models"]
     return str(next(model["recipe"] for model in models if model["model_name"] == MODEL.stem))
 
 

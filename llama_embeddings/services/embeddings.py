@@ -244,7 +244,7 @@ class EmbeddingService:
 
 async def load_known_texts(store: EmbeddingStore, known: KnownTexts, *, rows_per_read: int = 50_000) -> None:
     """Fill the filter from the stored rows."""
-    last, hashes = await store.read_text_hashes(after_row_id=0, limit=rows_per_read)
-    while hashes:
-        known.add(hashes)
-        last, hashes = await store.read_text_hashes(after_row_id=last, limit=rows_per_read)
+    last = ""
+    while hashes := await store.read_text_hashes(after_text_hash=last, limit=rows_per_read):
+        known.add_many(hashes)
+        last = hashes[-1]

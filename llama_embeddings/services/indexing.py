@@ -64,7 +64,8 @@ FoundRows = tuple[np.ndarray, np.ndarray]
 class VectorSource(Protocol):
     """Where the vectors of some indexes are stored. Vectors have unit length."""
 
-    # What the recipe families of its indexes begin with; of several that fit, the longest counts.
+    # What the recipe families of its indexes begin with; of several that fit, the longest counts. Holds no colon, which
+    # divides a family from what may follow it in a recipe.
     prefix: str
 
     async def keys(self) -> list[Key]:
@@ -196,19 +197,20 @@ class IndexService:
         keys = [(key, source) for source in self._sources for key in await source.keys()]
         for key, source in keys:
             started = time.perf_counter()
-            await self._load_index(key, source)
-            index = self._indexes.get(*key)
-            logger.info(
-                "Indexed %d rows of %s in %.1f s", len(index) if index else 0, key[0], time.perf_counter() - started
-            )
+            origin = await self._load_index(key, source)
+            n_rows = self._indexes.sizes().get(key, 0)
+            seconds = time.perf_counter() - started
+            logger.info("Indexed %d rows of %s from %s in %.1f s", n_rows, key[0], origin, seconds)
         if self._directory is not None and self._directory.is_dir():
             await self._try_files(delete_leftovers, self._directory, {key for key, _ in keys})
         release_memory()
         return sum(self._indexes.sizes().values())
 
-    async def _load_index(self, key: Key, source: VectorSource) -> None:
+    async def _load_index(self, key: Key, source: VectorSource) -> str:
+        """Make one index; says from what."""
         row_ids = await source.read_row_ids(*key)
         index = await self._thaw(key, source)
+        origin = "the database" if index is None else "its snapshot"
         if index is not None:
             held = index.row_ids()
             index.remove(held[~contains(row_ids, held)])
@@ -220,6 +222,7 @@ class IndexService:
             index = self._indexes.add(*key, *await source.read_vectors(part)) or index
             while index is not None and index.next_step() is Step.MERGE:
                 await asyncio.to_thread(index.merge_some, ROWS_PER_READ)
+        return origin
 
     async def _thaw(self, key: Key, source: VectorSource) -> VectorIndex | None:
         if self._directory is None:

@@ -9,7 +9,9 @@ same price. Used on the event loop only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 N_BITS_LOG2 = 25  # 4 MB
 N_PROBES = 4
@@ -33,6 +35,19 @@ class KnownTexts:
                 position = rest & _MASK
                 bits[position >> 3] |= 1 << (position & 7)
                 rest >>= N_BITS_LOG2
+
+    def add_many(self, text_hashes: Sequence[str]) -> None:
+        """The same as `add`, ten times as fast for thousands."""
+        # A zero in front makes whole bytes of the odd number of digits.
+        digits = "".join(["0" + text_hash[:_N_DIGITS] for text_hash in text_hashes])
+        numbers = np.frombuffer(bytes.fromhex(digits), np.uint8).reshape(-1, (_N_DIGITS + 1) // 2)
+        # The lowest 64 of the 104 bits, and the highest, which begin at bit 40.
+        low = np.ascontiguousarray(numbers[:, -8:]).view(">u8").ravel()
+        high = np.ascontiguousarray(numbers[:, :8]).view(">u8").ravel()
+        shifted = (low, low >> N_BITS_LOG2, high >> (2 * N_BITS_LOG2 - 40), high >> (3 * N_BITS_LOG2 - 40))
+        positions = np.concatenate(shifted).astype(np.uint64) & np.uint64(_MASK)
+        bits = np.frombuffer(self._bits, np.uint8)
+        np.bitwise_or.at(bits, positions >> np.uint64(3), (1 << (positions & np.uint64(7))).astype(np.uint8))
 
     def may_hold(self, text_hash: str) -> bool:
         """False only for a hash that was never added."""

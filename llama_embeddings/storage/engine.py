@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,18 @@ def _begin_immediate(connection: Connection) -> None:
 def insert_unless_present(table: Table) -> Insert:
     """An INSERT that passes over rows that break a unique constraint, and no other constraint."""
     return sqlite_insert(table).on_conflict_do_nothing()
+
+
+def fetch_by_ids(connection: Connection, columns: str, table: str, row_ids: Sequence[int]) -> Sequence[Any]:
+    """Rows by their ids, past SQLAlchemy's lists: making one of 200 parameters takes ten times as long as the reading.
+
+    `columns` and `table` are the program's own words, never a caller's.
+    """
+    # In ascending order, neighbours are found on the same page.
+    wanted = tuple(sorted(row_ids))
+    places = ",".join("?" * len(wanted))
+    statement = f"SELECT {columns} FROM {table} WHERE id IN ({places})"  # noqa: S608 - see above
+    return connection.exec_driver_sql(statement, wanted).all()
 
 
 def read_version(connection: Connection) -> int:

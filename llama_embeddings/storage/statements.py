@@ -89,10 +89,11 @@ INSERT_EMBEDDINGS = (
     .returning(embeddings.c.id, embeddings.c.text_hash, embeddings.c.model_name, embeddings.c.recipe)
 )
 
+# In the order of the unique index, which has all that is needed: the table itself is twenty times as large.
 READ_TEXT_HASHES = (
-    select(embeddings.c.id, embeddings.c.text_hash)
-    .where(embeddings.c.id > bindparam("after_row_id"))
-    .order_by(embeddings.c.id)
+    select(embeddings.c.text_hash)
+    .where(embeddings.c.text_hash > bindparam("after_text_hash"))
+    .order_by(embeddings.c.text_hash)
     .limit(bindparam("limit"))
 )
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from sqlalchemy import Engine, Executable
@@ -44,6 +44,7 @@ from llama_embeddings.storage.engine import (
     create_reader_engine,
     create_writer_engine,
     describe_fault,
+    fetch_by_ids,
     inspect_file,
     parse_database_url,
     vacuum_into,
@@ -51,6 +52,8 @@ from llama_embeddings.storage.engine import (
 from llama_embeddings.storage.migrations import find_newest_version, migrate
 from llama_embeddings.storage.write_queue import WriteQueue
 from llama_embeddings.storage.writes import RemovedRow, split
+
+Result = TypeVar("Result")
 
 # How long a readiness check may wait for a locked database.
 PROBE_TIMEOUT_SECONDS = 2.0
@@ -159,7 +162,7 @@ class EmbeddingStore:
         """Texts by row id; rows that are gone are absent."""
         texts: dict[int, str] = {}
         for part in split(row_ids):
-            rows = await self._look_up(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})
+            rows = await self._on_lookup_thread(self._fetch_by_ids_now, "id, text", "embeddings", part)
             texts.update((row_id, text) for row_id, text in rows)
         return texts
 
@@ -214,7 +217,8 @@ class EmbeddingStore:
             return _split_rows([])
         wanted: list[int] = row_ids.tolist()
         if len(wanted) <= MAX_ROWS_OF_A_LOOKUP:
-            return _split_rows(await self._look_up(statements.READ_VECTORS_OF_ROWS, {"row_ids": wanted}))
+            rows = await self._on_lookup_thread(self._fetch_by_ids_now, "id, embedding", "embeddings", wanted)
+            return _split_rows(rows)
         first, last = min(wanted), max(wanted)
         if last - first < MAX_SPREAD_OF_A_RANGE * len(wanted):
             among = set(wanted)
@@ -225,10 +229,13 @@ class EmbeddingStore:
             rows.extend(await self._fetch(statements.READ_VECTORS_OF_ROWS, {"row_ids": part}))
         return _split_rows(rows)
 
-    async def read_text_hashes(self, *, after_row_id: int, limit: int) -> tuple[int, list[str]]:
-        """The next `limit` rows' text hashes, of all models, and the id of the last; (after_row_id, []) at the end."""
-        rows = await self._fetch(statements.READ_TEXT_HASHES, {"after_row_id": after_row_id, "limit": limit})
-        return (rows[-1][0] if rows else after_row_id), [text_hash for _, text_hash in rows]
+    async def read_text_hashes(self, *, after_text_hash: str, limit: int) -> list[str]:
+        """The next `limit` rows' text hashes, of all models, in ascending order; empty at the end.
+
+        A hash whose rows fall on both sides of the limit is given with the first of them only.
+        """
+        parameters = {"after_text_hash": after_text_hash, "limit": limit}
+        return [text_hash for (text_hash,) in await self._fetch(statements.READ_TEXT_HASHES, parameters)]
 
     # --- token-level bundles ---
 
@@ -351,14 +358,22 @@ class EmbeddingStore:
 
     async def _look_up(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         """Fetch by key, in one visit to the lookup thread: what every request waits for."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._lookup_thread, self._look_up_now, statement, parameters
-        )
+        return await self._on_lookup_thread(self._look_up_now, statement, parameters)
+
+    async def _on_lookup_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._lookup_thread, function, *arguments)
 
     def _look_up_now(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         try:
             with self._lookups.connect() as connection:
                 return connection.execute(statement, parameters).all()
+        except DBAPIError as error:
+            raise _describe_failure(error) from error
+
+    def _fetch_by_ids_now(self, columns: str, table: str, row_ids: Sequence[int]) -> Sequence[Any]:
+        try:
+            with self._lookups.connect() as connection:
+                return fetch_by_ids(connection, columns, table, row_ids)
         except DBAPIError as error:
             raise _describe_failure(error) from error
 

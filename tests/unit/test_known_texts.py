@@ -23,3 +23,12 @@ def test_few_new_texts_are_taken_for_known_ones() -> None:
     known.add(compute_text_hash(f"old {number}") for number in range(100_000))
     n_wrong = sum(known.may_hold(compute_text_hash(f"new {number}")) for number in range(20_000))
     assert n_wrong < 20
+
+
+def test_adding_many_remembers_what_adding_one_by_one_does() -> None:
+    """Bit for bit."""
+    one_by_one, at_once = KnownTexts(), KnownTexts()
+    hashes = [compute_text_hash(str(number)) for number in range(3_000)]
+    one_by_one.add(hashes)
+    at_once.add_many(hashes)
+    assert one_by_one._bits == at_once._bits
