@@ -19,10 +19,10 @@ from enum import StrEnum
 from functools import cached_property
 from hashlib import sha3_256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import (
     DateTime,
     Float,
@@ -40,6 +40,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 RECIPE_FAMILY_LENGTH = 16
 RECIPE_RULE_SEPARATOR = ":"
+
+# Where texts and documents go that name no collection.
+DEFAULT_COLLECTION = "default"
+DEFAULT_COLLECTION_ID = 1
+# In `embeddings.collection_id`: in no collection by itself, only in those of the documents that hold it.
+HELD_BY_DOCUMENTS = 0
+MAX_COLLECTION_NAME_LENGTH = 255
 
 
 def compute_text_hash(text: str) -> str:
@@ -89,12 +96,17 @@ CHILLY = [-0.0239, -0.0633, 0.0536]
 COLD = [-0.0639, -0.0469, 0.0387]
 
 
+CollectionName = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_COLLECTION_NAME_LENGTH)
+]
+
+
 class _Request(BaseModel):
     # `model_name` is a field of the API; pydantic would reserve the prefix otherwise.
     model_config = ConfigDict(protected_namespaces=(), extra="ignore")
 
 
-class EmbeddingRequest(_Request):
+class TokenLevelRequest(_Request):
     text: str = Field(description="The text to embed, exactly as it is.", examples=["I feel extremely chilly"])
     model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
     truncation: Truncation | None = Field(
@@ -109,6 +121,12 @@ class EmbeddingRequest(_Request):
     )
 
 
+class EmbeddingRequest(TokenLevelRequest):
+    corpus_identifier_string: CollectionName | None = Field(
+        None, description="Collection to put the text into; `default` if absent.", examples=["default"]
+    )
+
+
 class SimilarityRequest(_Request):
     text1: str = Field(description="The first text.", examples=["I feel extremely chilly"])
     text2: str = Field(description="The second text.", examples=["I am so cold"])
@@ -120,6 +138,9 @@ class SimilarityRequest(_Request):
         False,
         description="Also say where the score stands among random pairs of what is stored under the same model.",
         examples=[False],
+    )
+    corpus_identifier_string: CollectionName | None = Field(
+        None, description="Collection to put both texts into; `default` if absent.", examples=["default"]
     )
 
 
@@ -146,7 +167,9 @@ class TokenComparisonRequest(_Request):
 
 
 class SemanticSearchRequest(_Request):
-    query_text: str = Field(description="What to look for; it is embedded and kept like any text.", examples=["winter"])
+    query_text: str = Field(
+        description="What to look for; it is embedded and kept, but no search finds it.", examples=["winter"]
+    )
     model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
     number_of_most_similar_strings_to_return: int = Field(10, ge=1, le=10_000, description="How many results at most.")
 
@@ -171,6 +194,28 @@ class AllStringsResponse(BaseModel):
 
 class AllDocumentsResponse(BaseModel):
     documents: list[str] = Field(description="File names, oldest first.", examples=[["sherlock_holmes.txt"]])
+
+
+class CollectionDescription(BaseModel):
+    """A collection and what is in it."""
+
+    corpus_identifier_string: str = Field(examples=["default"])
+    number_of_embeddings: int = Field(description="Texts, counted once for each model and recipe.", examples=[1])
+    number_of_documents: int = Field(examples=[0])
+
+
+class CollectionsResponse(BaseModel):
+    collections: list[CollectionDescription] = Field(description="Oldest first.")
+
+
+class DeleteStringRequest(_Request):
+    text: str = Field(description="The text to forget, exactly as it was sent.", examples=["I am so cold"])
+
+
+class DeletionResponse(BaseModel):
+    number_of_deleted_embeddings: int = Field(
+        description="Texts that are forgotten, counted once for each model and recipe.", examples=[1]
+    )
 
 
 class EmbeddingResponse(BaseModel):
@@ -389,7 +434,11 @@ def recipe_family(recipe: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NewEmbedding:
-    """One text's embedding on its way into the store. `vector`: float32 (n_dims,)."""
+    """One text's embedding on its way into the store. `vector`: float32 (n_dims,).
+
+    `collection` is the one it was asked for in; None for a sentence, which is where its documents are, and for a
+    query, which is in none. Only a query's row is not `is_searchable`.
+    """
 
     text: str
     text_hash: str
@@ -400,17 +449,24 @@ class NewEmbedding:
     n_tokens_dropped: int
     stamp: RequestStamp
     response_time: datetime
+    collection: str | None = DEFAULT_COLLECTION
+    is_searchable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEmbedding:
-    """One text's embedding as the store holds it. `vector`: float32 (n_dims,), read-only."""
+    """One text's embedding as the store holds it. `vector`: float32 (n_dims,), read-only.
+
+    `collections` are those it was asked for in, without those that only its documents are in.
+    """
 
     row_id: int
     text_hash: str
     vector: np.ndarray
     n_tokens: int
     n_tokens_dropped: int
+    collections: frozenset[str] = frozenset()
+    is_searchable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +526,7 @@ class NewDocument:
     embedding_row_ids: tuple[int, ...]
     stamp: RequestStamp
     response_time: datetime
+    collection: str = DEFAULT_COLLECTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,6 +537,7 @@ class StoredDocument:
     filename: str
     sentences: tuple[Sentence, ...]
     vectors: np.ndarray
+    collections: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,6 +547,15 @@ class EmbeddingGroup:
     model_name: str
     recipe: str
     n_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCollection:
+    """A collection with the number of embeddings (texts by model and recipe) and of documents in it."""
+
+    name: str
+    n_embeddings: int
+    n_documents: int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,6 +593,16 @@ def _vector_json(vector: np.ndarray) -> str:
     return json.dumps([float(str(component)) for component in vector])
 
 
+class Collection(Base):
+    """A name under which texts and documents are put together."""
+
+    __tablename__ = "collections"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String, unique=True)
+    creation_time: Mapped[datetime] = mapped_column(DateTime)
+
+
 class TextEmbedding(_RequestTimes, Base):
     """One text's embedding by one model and one recipe."""
 
@@ -533,6 +610,8 @@ class TextEmbedding(_RequestTimes, Base):
     __table_args__ = (
         UniqueConstraint("text_hash", "model_name", "recipe", name="_text_hash_model_uc"),
         Index("ix_embeddings_model_name_recipe", "model_name", "recipe"),
+        # Has all that the filters of a search ask for, so that they need not read the table.
+        Index("ix_embeddings_filters", "model_name", "recipe", "collection_id", "request_time"),
         # Only rows that a document brought: without it, forgetting a document would read every row of the table.
         Index(
             "ix_embeddings_document_id",
@@ -554,12 +633,28 @@ class TextEmbedding(_RequestTimes, Base):
     n_tokens_dropped: Mapped[int] = mapped_column(Integer, default=0)
     document_id: Mapped[int | None] = mapped_column(ForeignKey("document_embeddings.id", ondelete="SET NULL"))
 
+    # The collection it was first asked for in, HELD_BY_DOCUMENTS, or NULL for what was only ever a search query. No
+    # foreign key: a column with one cannot be added without writing every row anew. Collections are never deleted.
+    collection_id: Mapped[int | None] = mapped_column(
+        Integer, server_default=sql_text(str(DEFAULT_COLLECTION_ID)), sort_order=1
+    )
+
     document: Mapped[DocumentEmbedding | None] = relationship()
 
     @property
     def embedding_json(self) -> str:
         """The vector as the JSON text that the first version stored."""
         return _vector_json(self.embedding)
+
+
+class EmbeddingCollection(Base):
+    """A further collection that a text was asked for in, after the one in its row."""
+
+    __tablename__ = "embedding_collections"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    embedding_id: Mapped[int] = mapped_column(ForeignKey("embeddings.id", ondelete="CASCADE"), primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collections.id"), primary_key=True, index=True)
 
 
 class Document(_RequestTimes, Base):
@@ -577,6 +672,16 @@ class Document(_RequestTimes, Base):
     document_embeddings: Mapped[list[DocumentEmbedding]] = relationship(back_populates="document")
 
 
+class DocumentCollection(Base):
+    """A collection that a document was submitted to."""
+
+    __tablename__ = "document_collections"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    document_id: Mapped[int] = mapped_column(ForeignKey("documents.id", ondelete="CASCADE"), primary_key=True)
+    collection_id: Mapped[int] = mapped_column(ForeignKey("collections.id"), primary_key=True, index=True)
+
+
 class DocumentEmbedding(_RequestTimes, Base):
     """A document's sentences as one recipe and one segmentation made them."""
 
@@ -588,7 +693,7 @@ class DocumentEmbedding(_RequestTimes, Base):
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     document_id: Mapped[int] = mapped_column(ForeignKey("documents.id", ondelete="CASCADE"), index=True)
-    filename: Mapped[str] = mapped_column(String)
+    filename: Mapped[str] = mapped_column(String, index=True)
     mimetype: Mapped[str] = mapped_column(String)
     file_hash: Mapped[str] = mapped_column(String(64))
     model_name: Mapped[str] = mapped_column(String, index=True)
@@ -627,6 +732,15 @@ class DocumentSentence(Base):
     end: Mapped[int] = mapped_column(Integer)
 
     embedding: Mapped[TextEmbedding] = relationship()
+
+
+class FullTextProgress(Base):
+    """How far the full-text index has come: one row. The index itself is a virtual table without a class."""
+
+    __tablename__ = "full_text_progress"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    last_row_id: Mapped[int] = mapped_column(Integer)
 
 
 class TokenLevelEmbeddingBundle(_RequestTimes, Base):

@@ -228,7 +228,7 @@ def make_services(
         stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
     return Services(
         models=models,
-        contents=ContentsService(store, models),
+        contents=ContentsService(store, models, embeddings),
         embeddings=embeddings,
         token_embeddings=token_embeddings,
         documents=documents,

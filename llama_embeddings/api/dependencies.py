@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
-from embeddings_data_models import RequestStamp
+from embeddings_data_models import CollectionName, RequestStamp
 from llama_embeddings.services.container import Services
 
 LARGEST_INTEGER = 2**63 - 1  # the database's
@@ -38,6 +38,12 @@ async def _stamp(
 CurrentServices = Annotated[Services, Depends(get_services)]
 Stamp = Annotated[RequestStamp, Depends(_stamp)]
 ModelName = Annotated[str | None, Query(description="Only of this model; of all models if absent.")]
+InCollection = Annotated[
+    CollectionName | None, Query(description="Only of this collection; of all collections if absent.")
+]
+IntoCollection = Annotated[
+    CollectionName | None, Query(description="Collection to put the document into; `default` if absent.")
+]
 Limit = Annotated[int | None, Query(ge=1, le=LARGEST_INTEGER, description="How many at most; all if absent.")]
 Offset = Annotated[int, Query(ge=0, le=LARGEST_INTEGER, description="How many to leave out first.")]
 JsonFormat = Annotated[

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from embeddings_data_models import (
+    DEFAULT_COLLECTION,
     SimilarityMatrixRequest,
     SimilarityMatrixResponse,
     SimilarityRequest,
@@ -71,6 +72,7 @@ async def compute_similarity_between_strings(
         measure=request.similarity_measure,
         model_name=request.model_name,
         with_percentile=request.with_percentile,
+        collection=request.corpus_identifier_string or DEFAULT_COLLECTION,
         stamp=stamp,
     )
     return render_json(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, UploadFile
+from fastapi import APIRouter, Query, UploadFile
 from fastapi.responses import Response
 
 from embeddings_data_models import (
+    DEFAULT_COLLECTION,
     AddModelRequest,
     AllDocumentsResponse,
     AllStringsResponse,
+    CollectionDescription,
+    CollectionsResponse,
+    DeleteStringRequest,
+    DeletionResponse,
     EmbeddingRequest,
     EmbeddingResponse,
     FirstVersionSemanticSearchRequest,
@@ -24,9 +29,12 @@ from embeddings_data_models import (
     SemanticSearchRequest,
     SemanticSearchResponse,
     TokenLevelEmbeddingsResponse,
+    TokenLevelRequest,
 )
 from llama_embeddings.api.dependencies import (
     CurrentServices,
+    InCollection,
+    IntoCollection,
     JsonFormat,
     Limit,
     ModelName,
@@ -42,6 +50,7 @@ from llama_embeddings.services.search import SearchHit
 router = APIRouter()
 
 _LISTING_ERRORS = describe_statuses(401, 404, 422, 503)
+_DELETING_ERRORS = describe_statuses(400, 401, 404, 422, 503)
 _COMPUTING_ERRORS = describe_statuses(400, 401, 404, 413, 422, 429, 500, 502, 503)
 _MODEL_ERRORS = describe_statuses(400, 401, 404, 422, 429, 500, 502, 503)
 _ZIP_OR_JSON: dict[int | str, dict[str, Any]] = {
@@ -60,10 +69,21 @@ async def get_list_of_available_model_names(services: CurrentServices) -> ModelN
 
 @router.get("/get_all_stored_strings/", tags=["Stored"], responses=_LISTING_ERRORS)
 async def get_all_stored_strings(
-    services: CurrentServices, model_name: ModelName = None, limit: Limit = None, offset: Offset = 0
+    services: CurrentServices,
+    model_name: ModelName = None,
+    corpus_identifier_string: InCollection = None,
+    limit: Limit = None,
+    offset: Offset = 0,
 ) -> AllStringsResponse:
-    """Every text that was ever embedded, each once, oldest first."""
-    return AllStringsResponse(strings=await services.contents.list_texts(model_name, limit, offset))
+    """Every text that was ever embedded, each once, oldest first; search queries only where no collection is named."""
+    texts = await services.contents.list_texts(model_name, limit, offset, collection=corpus_identifier_string)
+    return AllStringsResponse(strings=texts)
+
+
+@router.delete("/stored_strings/", tags=["Stored"], responses=_DELETING_ERRORS)
+async def delete_stored_string(request: DeleteStringRequest, services: CurrentServices) -> DeletionResponse:
+    """Forget a text: its embeddings by every model, in every collection, and those of its tokens."""
+    return DeletionResponse(number_of_deleted_embeddings=await services.contents.delete_text(request.text))
 
 
 @router.get("/get_all_stored_documents/", tags=["Stored"], responses=_LISTING_ERRORS)
@@ -71,10 +91,47 @@ async def get_all_stored_strings(
     "/get_all_stored_documents_with_embeddings/", tags=["Older names"], deprecated=True, responses=_LISTING_ERRORS
 )
 async def get_all_stored_documents(
-    services: CurrentServices, model_name: ModelName = None, limit: Limit = None, offset: Offset = 0
+    services: CurrentServices,
+    model_name: ModelName = None,
+    corpus_identifier_string: InCollection = None,
+    limit: Limit = None,
+    offset: Offset = 0,
 ) -> AllDocumentsResponse:
     """Names of all files that were ever embedded, oldest first."""
-    return AllDocumentsResponse(documents=await services.contents.list_document_filenames(model_name, limit, offset))
+    filenames = await services.contents.list_document_filenames(
+        model_name, limit, offset, collection=corpus_identifier_string
+    )
+    return AllDocumentsResponse(documents=filenames)
+
+
+@router.delete("/stored_documents/", tags=["Stored"], responses=_DELETING_ERRORS)
+async def delete_stored_document(
+    filename: Annotated[str, Query(description="Name of the file as it is listed.", examples=["sherlock_holmes.txt"])],
+    services: CurrentServices,
+    model_name: ModelName = None,
+    corpus_identifier_string: InCollection = None,
+) -> DeletionResponse:
+    """Forget a document and its sentences, but for those that were embedded by themselves or stand in another one."""
+    number = await services.contents.delete_document(
+        filename, model_name=model_name, collection=corpus_identifier_string
+    )
+    return DeletionResponse(number_of_deleted_embeddings=number)
+
+
+@router.get("/get_list_of_collections/", tags=["Stored"], responses=describe_statuses(401, 503))
+async def get_list_of_collections(services: CurrentServices) -> CollectionsResponse:
+    """Every collection, oldest first, with how much is in it."""
+    collections = await services.contents.list_collections()
+    return CollectionsResponse(
+        collections=[
+            CollectionDescription(
+                corpus_identifier_string=collection.name,
+                number_of_embeddings=collection.n_embeddings,
+                number_of_documents=collection.n_documents,
+            )
+            for collection in collections
+        ]
+    )
 
 
 @router.post(
@@ -99,6 +156,7 @@ async def get_embedding_vector_for_string(
         model_name=request.model_name,
         truncation=request.truncation,
         input_type=request.input_type,
+        collection=request.corpus_identifier_string or DEFAULT_COLLECTION,
         stamp=stamp,
     )
     return render_json({"embedding": answers[0].vector}, describe_answers(answers))
@@ -111,7 +169,7 @@ async def get_embedding_vector_for_string(
     responses={**_ZIP_OR_JSON, **_COMPUTING_ERRORS},
 )
 async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_string(
-    request: EmbeddingRequest,
+    request: TokenLevelRequest,
     services: CurrentServices,
     stamp: Stamp,
     json_format: JsonFormat = "records",
@@ -186,12 +244,17 @@ async def get_all_embedding_vectors_for_document(
     services: CurrentServices,
     stamp: Stamp,
     model_name: str | None = None,
+    corpus_identifier_string: IntoCollection = None,
     json_format: JsonFormat = "records",
     send_back_json_or_zip_file: ReplyAs = "zip",
 ) -> Response:
     """Every sentence of a document (plain text or PDF) with its embedding."""
     document = await services.documents.get_or_compute(
-        await file.read(), filename=file.filename or "document", model_name=model_name, stamp=stamp
+        await file.read(),
+        filename=file.filename or "document",
+        model_name=model_name,
+        collection=corpus_identifier_string or DEFAULT_COLLECTION,
+        stamp=stamp,
     )
     return render_download(
         render_document(document, json_format=json_format, as_zip=send_back_json_or_zip_file == "zip")

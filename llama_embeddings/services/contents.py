@@ -1,29 +1,70 @@
-"""What the store holds: texts and documents, listed."""
+"""What the store holds: texts, documents and collections, listed and forgotten."""
 
 from __future__ import annotations
 
+from embeddings_data_models import StoredCollection
+from llama_embeddings.errors import NotFound
+from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.storage.store import EmbeddingStore
 
 
 class ContentsService:
-    """Lists what was ever embedded."""
+    """Lists what was ever embedded, and forgets what is named."""
 
-    def __init__(self, store: EmbeddingStore, models: ModelService) -> None:
+    def __init__(self, store: EmbeddingStore, models: ModelService, embeddings: EmbeddingService) -> None:
         self._store = store
         self._models = models
+        self._embeddings = embeddings
 
-    async def list_texts(self, model_name: str | None, limit: int | None, offset: int) -> list[str]:
-        """Each distinct text once, oldest first; of one model, or of all if none is named. Raises ModelNotFound."""
-        texts = await self._store.list_texts(self._resolve(model_name), limit, offset)
+    async def list_texts(
+        self, model_name: str | None, limit: int | None, offset: int, *, collection: str | None = None
+    ) -> list[str]:
+        """Each distinct text once, oldest first; of one model and collection, or of all where none is named.
+
+        Raises ModelNotFound.
+        """
+        texts = await self._store.list_texts(self._resolve(model_name), limit, offset, collection)
         self._check_model(model_name, is_empty=not texts)
         return texts
 
-    async def list_document_filenames(self, model_name: str | None, limit: int | None, offset: int) -> list[str]:
-        """Each distinct file name once, oldest first; of one model, or of all if none. Raises ModelNotFound."""
-        filenames = await self._store.list_document_filenames(self._resolve(model_name), limit, offset)
+    async def list_document_filenames(
+        self, model_name: str | None, limit: int | None, offset: int, *, collection: str | None = None
+    ) -> list[str]:
+        """Each distinct file name once, oldest first; of one model and collection, or of all where none is named.
+
+        Raises ModelNotFound.
+        """
+        filenames = await self._store.list_document_filenames(self._resolve(model_name), limit, offset, collection)
         self._check_model(model_name, is_empty=not filenames)
         return filenames
+
+    async def list_collections(self) -> list[StoredCollection]:
+        """Every collection that was ever named, oldest first."""
+        return await self._store.list_collections()
+
+    async def delete_text(self, text: str) -> int:
+        """Forget a text under every model, in every collection; returns how many embeddings it had.
+
+        Raises NotFound if neither its embedding nor those of its tokens are stored.
+        """
+        removal = await self._store.delete_text(text)
+        await self._embeddings.forget(removal.rows)
+        if not removal.rows and not removal.n_bundles:
+            raise NotFound("This text is not stored. Texts are told apart by their exact characters.", field="text")
+        return len(removal.rows)
+
+    async def delete_document(self, filename: str, *, model_name: str | None, collection: str | None) -> int:
+        """Forget the documents of a name with the sentences that nobody else holds; returns how many sentences.
+
+        Of one model and collection, or of all where none is named. Raises NotFound if there is no such document.
+        """
+        name = self._resolve(model_name)
+        removal = await self._store.delete_document(filename, model_name=name, collection=collection)
+        await self._embeddings.forget(removal.rows)
+        if not removal.n_documents:
+            raise NotFound(f"No document {filename!r} is stored there.", field="filename")
+        return len(removal.rows)
 
     def _check_model(self, model_name: str | None, *, is_empty: bool) -> None:
         """Tell a model without anything stored from a name that is no model's; a model that is gone may have texts."""

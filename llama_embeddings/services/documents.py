@@ -10,7 +10,15 @@ from hashlib import sha3_256
 
 import numpy as np
 
-from embeddings_data_models import InputType, NewDocument, RequestStamp, Sentence, StoredDocument, utc_now
+from embeddings_data_models import (
+    DEFAULT_COLLECTION,
+    InputType,
+    NewDocument,
+    RequestStamp,
+    Sentence,
+    StoredDocument,
+    utc_now,
+)
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import UnreadableDocument
 from llama_embeddings.inference.engine import EmbeddingEngine
@@ -48,7 +56,13 @@ class DocumentService:
         self._flights: SingleFlight[_Key, StoredDocument] = SingleFlight()
 
     async def get_or_compute(
-        self, data: bytes, *, filename: str, model_name: str | None = None, stamp: RequestStamp | None = None
+        self,
+        data: bytes,
+        *,
+        filename: str,
+        model_name: str | None = None,
+        collection: str = DEFAULT_COLLECTION,
+        stamp: RequestStamp | None = None,
     ) -> StoredDocument:
         """Sentences and vectors of a file. Raises UnsupportedDocumentType, UnreadableDocument, RequestTooLarge."""
         file_hash = await asyncio.to_thread(lambda: sha3_256(data).hexdigest())
@@ -58,12 +72,15 @@ class DocumentService:
 
         async def fly(flight: Flight[_Key, StoredDocument]) -> dict[_Key, StoredDocument]:
             found = await self._store.find_document(*key)
-            return {key: found or await self._take_in(data, key, stamp or RequestStamp(), flight)}
+            return {key: found or await self._take_in(data, key, collection, stamp or RequestStamp(), flight)}
 
-        return (await self._flights.run([key], fly))[key]
+        document = (await self._flights.run([key], fly))[key]
+        if collection not in document.collections:
+            await self._store.place_document(document.row_id, collection)
+        return document
 
     async def _take_in(
-        self, data: bytes, key: _Key, stamp: RequestStamp, flight: Flight[_Key, StoredDocument]
+        self, data: bytes, key: _Key, collection: str, stamp: RequestStamp, flight: Flight[_Key, StoredDocument]
     ) -> StoredDocument:
         file_hash, filename, name, recipe, segmentation = key
         document = await self._reader.read(data)
@@ -86,10 +103,12 @@ class DocumentService:
             embedding_row_ids=tuple(answer.embedding.row_id for answer in answers),
             stamp=stamp,
             response_time=utc_now(),
+            collection=collection,
         )
         row_id = await self._store.add_document(new)
         logger.info("Took in a document of %d bytes: %d sentences", len(data), len(sentences))
-        return StoredDocument(row_id, filename, new.sentences, np.stack([answer.vector for answer in answers]))
+        vectors = np.stack([answer.vector for answer in answers])
+        return StoredDocument(row_id, filename, new.sentences, vectors, frozenset([collection]))
 
     async def _embed(self, sentences: Sequence[Sentence], name: str, stamp: RequestStamp) -> list[EmbeddingAnswer]:
         gate = asyncio.Semaphore(CHUNKS_IN_FLIGHT)

@@ -3,17 +3,21 @@
 A text is looked for under the recipe of whole texts. Only what is in nobody's hands yet is tokenised, computed,
 committed and indexed, in this order, before anybody gets the answer. A text longer than the window follows the
 truncation rule and is kept under a recipe of its own, so that a cut text's vector is never taken for the whole one's.
+
+A text is kept in the collection that it is asked for in; one that is known from elsewhere is put there as well, before
+anybody gets the answer. A query is in no collection, and no search finds it until it is asked for as a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
 from embeddings_data_models import (
+    DEFAULT_COLLECTION,
     InputType,
     NewEmbedding,
     Recipe,
@@ -26,6 +30,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import ServiceError
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
+from llama_embeddings.services.forgotten_rows import ForgottenRows
 from llama_embeddings.services.indexing import IndexService
 from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
@@ -33,6 +38,7 @@ from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
 from llama_embeddings.storage.store import EmbeddingStore
+from llama_embeddings.storage.writes import RemovedRow
 
 
 class Source(StrEnum):
@@ -65,6 +71,15 @@ class _Task:
     recipe: Recipe
     truncation: Truncation
     stamp: RequestStamp
+    # See NewEmbedding.
+    collection: str | None
+    is_searchable: bool
+
+    def is_placed(self, embedding: StoredEmbedding) -> bool:
+        """Whether a known text is where this request wants it."""
+        if self.collection is not None:
+            return self.collection in embedding.collections
+        return embedding.is_searchable or not self.is_searchable
 
 
 # Text hash, model name, recipe family, truncation: the outcome of a long text depends on the last.
@@ -94,6 +109,7 @@ class EmbeddingService:
         self._limits = limits
         self._default_truncation = default_truncation
         self._flights: SingleFlight[_FlightKey, _Outcome] = SingleFlight()
+        self._forgotten = ForgottenRows()
         self.n_answers = dict.fromkeys(Source, 0)
 
     async def get_or_compute(
@@ -103,11 +119,13 @@ class EmbeddingService:
         model_name: str | None = None,
         truncation: Truncation | None = None,
         input_type: InputType | None = None,
+        collection: str | None = DEFAULT_COLLECTION,
         stamp: RequestStamp | None = None,
         field: str | Sequence[str] = "text",
     ) -> list[EmbeddingAnswer]:
         """Embeddings of all texts, in order. Equal texts are looked up and computed once.
 
+        The texts are put into `collection`; None is for queries, which are kept in none.
         `field` is what errors call the texts' place: one name for a list, or one for each text.
 
         Raises the first text's error with its index, after the others have been computed and kept: InvalidInput,
@@ -115,12 +133,16 @@ class EmbeddingService:
         """
         hashes = check_texts(texts, self._limits, field=field)
         task = await self._make_task(model_name, truncation or self._default_truncation, input_type, stamp)
-        return await self._answer(texts, hashes, task, field)
+        placed = replace(task, collection=collection, is_searchable=collection is not None)
+        return await self._answer(texts, hashes, placed, field)
 
     async def get_or_compute_sentences(
         self, texts: Sequence[str], *, model_name: str, stamp: RequestStamp
     ) -> list[EmbeddingAnswer]:
-        """The same for parts of a document, which are bounded by the limits of documents, not of requests."""
+        """The same for parts of a document, which are bounded by the limits of documents, not of requests.
+
+        They are in the collections of the documents that hold them, and in none by themselves.
+        """
         hashes = [compute_text_hash(text) for text in texts]
         task = await self._make_task(model_name, Truncation.REFUSE, InputType.DOCUMENT, stamp)
         return await self._answer(texts, hashes, task, "file")
@@ -129,7 +151,8 @@ class EmbeddingService:
         self, model_name: str | None, truncation: Truncation, input_type: InputType | None, stamp: RequestStamp | None
     ) -> _Task:
         recipe = await self._models.recipe(model_name, input_type)
-        return _Task(self._models.resolve(model_name), recipe, truncation, stamp or RequestStamp())
+        name = self._models.resolve(model_name)
+        return _Task(name, recipe, truncation, stamp or RequestStamp(), collection=None, is_searchable=True)
 
     async def _answer(
         self, texts: Sequence[str], hashes: Sequence[str], task: _Task, field: str | Sequence[str]
@@ -157,10 +180,50 @@ class EmbeddingService:
         if missing:
             found = await self._flights.run(missing, lambda flight: self._fly(flight, texts, task))
             outcomes.update({key[0]: outcome for key, outcome in found.items()})
+        # Only now: whoever shared another's work may want its text elsewhere.
+        strangers = [
+            outcome.embedding
+            for outcome in outcomes.values()
+            if isinstance(outcome, EmbeddingAnswer) and not task.is_placed(outcome.embedding)
+        ]
+        if strangers:
+            await self._place(strangers, task)
         return outcomes
+
+    async def _place(self, embeddings: Sequence[StoredEmbedding], task: _Task) -> None:
+        """Put known texts into the collection that they are asked for in; what was a query only can be found now."""
+        with self._forgotten.watch() as forgotten:
+            wanted = [embedding.row_id for embedding in embeddings]
+            row_ids_there = await self._store.place_embeddings(wanted, task.collection)
+            embeddings = [embedding for embedding in embeddings if embedding.row_id in row_ids_there]
+            found_now = [embedding for embedding in embeddings if not embedding.is_searchable]
+            if found_now:
+                row_ids = np.array([embedding.row_id for embedding in found_now], np.int64)
+                vectors = np.stack([embedding.vector for embedding in found_now])
+                self._indexing.add(task.model_name, task.recipe.family, row_ids, vectors)
+            added = frozenset() if task.collection is None else frozenset([task.collection])
+            for embedding in embeddings:
+                placed = replace(embedding, collections=embedding.collections | added, is_searchable=True)
+                self._memory.replace((embedding.text_hash, task.model_name, task.recipe.family), placed)
+            await self._clear_up(forgotten, task)
 
     async def _fly(self, flight: Flight[_FlightKey, _Outcome], texts: dict[str, str], task: _Task) -> dict:
         """Find or compute what this flight was started for; the answers are committed and indexed."""
+        with self._forgotten.watch() as forgotten:
+            try:
+                return await self._find_or_compute(flight, texts, task)
+            finally:
+                await self._clear_up(forgotten, task)
+
+    async def _clear_up(self, forgotten: set[int], task: _Task) -> None:
+        """Take out again what was deleted while it was put into memory and index."""
+        if forgotten:
+            self._memory.discard_rows(forgotten)
+            await self._indexing.remove(
+                [(task.model_name, task.recipe.family, row_id) for row_id in sorted(forgotten)]
+            )
+
+    async def _find_or_compute(self, flight: Flight[_FlightKey, _Outcome], texts: dict[str, str], task: _Task) -> dict:
         wanted = {key[0]: texts[key[0]] for key in flight.keys}
         maybe_stored = [text_hash for text_hash in wanted if self._known.may_hold(text_hash)]
         outcomes: dict[str, _Outcome] = dict(await self._find_stored(maybe_stored, task, task.recipe.family))
@@ -220,6 +283,8 @@ class EmbeddingService:
             n_tokens_dropped=result.n_tokens_dropped,
             stamp=task.stamp,
             response_time=utc_now(),
+            collection=task.collection,
+            is_searchable=task.is_searchable,
         )
 
     async def _keep(self, rows: Sequence[NewEmbedding]) -> dict[str, StoredEmbedding]:
@@ -228,14 +293,34 @@ class EmbeddingService:
             return {}
         row_ids = await self._store.add_embeddings(rows)
         self._known.add(row.text_hash for row in rows)
-        vectors = np.stack([row.vector for row in rows])
-        self._indexing.add(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
+        if rows[0].is_searchable:
+            vectors = np.stack([row.vector for row in rows])
+            self._indexing.add(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
+        collections = frozenset() if rows[0].collection is None else frozenset([rows[0].collection])
         kept = {}
         for row_id, row in zip(row_ids, rows, strict=True):
-            embedding = StoredEmbedding(row_id, row.text_hash, row.vector, row.n_tokens, row.n_tokens_dropped)
+            embedding = StoredEmbedding(
+                row_id,
+                row.text_hash,
+                row.vector,
+                row.n_tokens,
+                row.n_tokens_dropped,
+                collections,
+                row.is_searchable,
+            )
             self._memory.put((row.text_hash, row.model_name, row.recipe), embedding)
             kept[row.text_hash] = embedding
         return kept
+
+    async def forget(self, removed: Iterable[RemovedRow]) -> None:
+        """Take deleted rows out of memory and index, also where they are just being put there."""
+        rows = list(removed)
+        row_ids = {row_id for *_, row_id in rows}
+        self._forgotten.announce(row_ids)
+        self._memory.discard_rows(row_ids)
+        # Who asks from now on must not share work whose row may be among the deleted.
+        self._flights.detach()
+        await self._indexing.remove(rows)
 
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""

@@ -7,6 +7,7 @@ event loop only, so it needs no lock.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 from embeddings_data_models import StoredEmbedding
 
@@ -52,9 +53,16 @@ class EmbeddingMemoryCache:
             _, oldest = self._entries.popitem(last=False)
             self._n_bytes -= _size(oldest)
 
-    def discard_text(self, text_hash: str) -> None:
-        """Forget a text under every model and recipe."""
-        for key in [key for key in self._entries if key[0] == text_hash]:
+    def replace(self, key: Key, embedding: StoredEmbedding) -> None:
+        """Put a newer description of the same row in its place; nothing is done where there is none."""
+        known = self._entries.get(key)
+        if known is not None and known.row_id == embedding.row_id:
+            self._n_bytes += _size(embedding) - _size(known)
+            self._entries[key] = embedding
+
+    def discard_rows(self, row_ids: Collection[int]) -> None:
+        """Forget rows of the database."""
+        for key in [key for key, embedding in self._entries.items() if embedding.row_id in row_ids]:
             self._n_bytes -= _size(self._entries.pop(key))
 
 

@@ -1,4 +1,4 @@
-"""Search by meaning over every text that was ever embedded with a model."""
+"""Search by meaning over every text that was embedded with a model, queries left out."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ class SearchService:
             model_name=model_name,
             truncation=truncation,
             input_type=InputType.QUERY,
+            collection=None,
             stamp=stamp,
             field=field,
         )
         name = self._models.resolve(model_name)
         # Texts embedded as documents, and those embedded without a part to play; most models make no difference.
         families = {(await self._models.recipe(model_name, part)).family for part in (None, InputType.DOCUMENT)}
-        # One more than asked for, as the query is among the stored texts; more again if that was not enough.
+        # One more than asked for, as the query may be among the stored texts; more again if that was not enough.
         n_wanted = count + 1
         while True:
             found = await self._search_families(name, families, answer.vector, n_wanted)

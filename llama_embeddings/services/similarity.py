@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import similarity_measures
-from embeddings_data_models import RequestStamp, StoredTokenLevelBundle
+from embeddings_data_models import DEFAULT_COLLECTION, RequestStamp, StoredTokenLevelBundle
 from llama_embeddings.errors import InvalidInput, RequestTooLarge, UnsupportedMeasure
 from llama_embeddings.heat_maps import HeatMap, Painter
 from llama_embeddings.services.embeddings import EmbeddingService
@@ -102,12 +102,13 @@ class SimilarityService:
         measure: str,
         model_name: str | None = None,
         with_percentile: bool = False,
+        collection: str = DEFAULT_COLLECTION,
         stamp: RequestStamp | None = None,
     ) -> Similarity:
         """Score two texts by a measure, or by "all". Raises UnsupportedMeasure before anything is computed."""
         wanted = _resolve_all(measure)
         first, second = await self._embeddings.get_or_compute(
-            [text1, text2], model_name=model_name, stamp=stamp, field=("text1", "text2")
+            [text1, text2], model_name=model_name, collection=collection, stamp=stamp, field=("text1", "text2")
         )
         vectors = first.vector, second.vector
         _check_dimensions(wanted, len(first.vector))

@@ -32,7 +32,9 @@ class SingleFlight(Generic[K, V]):
     """Flights by key. Used on one event loop."""
 
     def __init__(self) -> None:
+        # Work that may be joined, and all work, that which may not be joined any more included.
         self._flights: dict[K, Flight[K, V]] = {}
+        self._under_way: set[Flight[K, V]] = set()
 
     async def run(self, keys: Sequence[K], work: Callable[[Flight[K, V]], Awaitable[dict[K, V]]]) -> dict[K, V]:
         """Results for all keys: joins what is under way, starts `work` for the rest. Raises what the work raises."""
@@ -54,12 +56,14 @@ class SingleFlight(Generic[K, V]):
     def _start(self, keys: list[K], work: Callable[[Flight[K, V]], Awaitable[dict[K, V]]]) -> Flight[K, V]:
         flight: Flight[K, V] = Flight(keys)
         self._flights.update(dict.fromkeys(keys, flight))
+        self._under_way.add(flight)
 
         async def fly() -> dict[K, V]:
             try:
                 return await work(flight)
             finally:
                 self._forget(flight)
+                self._under_way.discard(flight)
 
         flight.task = asyncio.create_task(fly())
         # Waiters that left do not collect the exception; it is theirs to see, not the loop's to complain of.
@@ -71,10 +75,15 @@ class SingleFlight(Generic[K, V]):
             if self._flights.get(key) is flight:
                 del self._flights[key]
 
+    def detach(self) -> None:
+        """Let all work under way go on for those who wait for it; whoever comes from now on starts anew."""
+        self._flights.clear()
+
     def _leave(self, flight: Flight[K, V]) -> None:
         flight.n_waiters -= 1
         if flight.n_waiters == 0 and not flight.is_final and not flight.task.done():
             self._forget(flight)
+            self._under_way.discard(flight)
             flight.task.cancel()
 
     async def drain(self, *, timeout_seconds: float) -> None:
@@ -82,7 +91,7 @@ class SingleFlight(Generic[K, V]):
 
         Called when no caller is left: what is cancelled has nobody waiting for it.
         """
-        flights = set(self._flights.values())
+        flights = set(self._under_way)
         if not flights:
             return
         await asyncio.wait([flight.task for flight in flights], timeout=timeout_seconds)

@@ -1,9 +1,9 @@
-"""Connections to the database, and everything that is particular to SQLite.
+"""Connections to the database, and what is particular to SQLite (with `filters.py` and `full_text.py`).
 
-Three engines for one file: a writer with exactly one connection, the same for hot lookups, each on a thread of its
-own, and a small pool of readers on the event loop. In WAL mode readers see the last commit and never wait for the
-writer. A move to another database
-replaces this module and the DDL in `migrations.py`; the statements elsewhere are neutral.
+Four engines for one file: a writer with exactly one connection and the same for hot lookups, each on a thread of its
+own, two connections for searches, and a small pool of readers on the event loop. In WAL mode readers see the last
+commit and never wait for the writer. A move to another database replaces these modules and the DDL in
+`migrations.py`; the statements elsewhere are neutral.
 
 Knows no tables, and decides nothing about retries: it says what kind of fault an error is.
 """
@@ -28,6 +28,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from llama_embeddings.errors import ConfigurationError, ServiceError, StoreBusy, StoreFull, StoreUnusable
 
 N_READERS = 4
+N_SEARCHERS = 2
 READER_WAIT_SECONDS = 30.0
 
 # SQLite takes 32,766 variables a statement unless it was compiled otherwise; some are left for the other conditions.
@@ -165,8 +166,18 @@ def create_writer_engine(url: URL) -> Engine:
 
 def create_lookup_engine(url: URL) -> Engine:
     """An engine of one connection for the thread of the hot lookups; each statement sees the last commit."""
+    return _create_thread_reader(url, n_connections=1)
+
+
+def create_search_engine(url: URL) -> Engine:
+    """The same for reads that may take long, for as many threads as it has connections."""
+    return _create_thread_reader(url, n_connections=N_SEARCHERS)
+
+
+def _create_thread_reader(url: URL, *, n_connections: int) -> Engine:
     engine = _create_thread_engine(
         url,
+        n_connections=n_connections,
         connect_args={"check_same_thread": False},
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
@@ -175,10 +186,15 @@ def create_lookup_engine(url: URL) -> Engine:
     return engine
 
 
-def _create_thread_engine(url: URL, **options: Any) -> Engine:
+def _create_thread_engine(url: URL, *, n_connections: int = 1, **options: Any) -> Engine:
     # The driver without an event loop: the whole of a transaction is one visit to its thread.
     return create_engine(
-        url.set(drivername="sqlite"), poolclass=QueuePool, pool_size=1, max_overflow=0, hide_parameters=True, **options
+        url.set(drivername="sqlite"),
+        poolclass=QueuePool,
+        pool_size=n_connections,
+        max_overflow=0,
+        hide_parameters=True,
+        **options,
     )
 
 

@@ -168,7 +168,61 @@ INITIAL_SCHEMA = Migration(
     ),
 )
 
-MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA,)
+COLLECTIONS_AND_FULL_TEXT = Migration(
+    version=2,
+    description="collections and full-text index",
+    statements=(
+        """
+        CREATE TABLE collections (
+            id INTEGER NOT NULL,
+            name VARCHAR NOT NULL,
+            creation_time DATETIME NOT NULL,
+            PRIMARY KEY (id),
+            UNIQUE (name)
+        )
+        """,
+        "INSERT INTO collections VALUES (1, 'default', strftime('%Y-%m-%d %H:%M:%f000', 'now'))",
+        # Rows that are there already get the default without being written.
+        "ALTER TABLE embeddings ADD COLUMN collection_id INTEGER DEFAULT 1",
+        # Those that documents brought; nothing is known of whether they were asked for by themselves as well.
+        "UPDATE embeddings SET collection_id = 0 WHERE document_id IS NOT NULL",
+        "CREATE INDEX ix_embeddings_filters ON embeddings (model_name, recipe, collection_id, request_time)",
+        """
+        CREATE TABLE embedding_collections (
+            embedding_id INTEGER NOT NULL,
+            collection_id INTEGER NOT NULL,
+            PRIMARY KEY (embedding_id, collection_id),
+            FOREIGN KEY(embedding_id) REFERENCES embeddings (id) ON DELETE CASCADE,
+            FOREIGN KEY(collection_id) REFERENCES collections (id)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX ix_embedding_collections_collection_id ON embedding_collections (collection_id)",
+        """
+        CREATE TABLE document_collections (
+            document_id INTEGER NOT NULL,
+            collection_id INTEGER NOT NULL,
+            PRIMARY KEY (document_id, collection_id),
+            FOREIGN KEY(document_id) REFERENCES documents (id) ON DELETE CASCADE,
+            FOREIGN KEY(collection_id) REFERENCES collections (id)
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX ix_document_collections_collection_id ON document_collections (collection_id)",
+        "INSERT INTO document_collections SELECT id, 1 FROM documents",
+        "CREATE INDEX ix_document_embeddings_filename ON document_embeddings (filename)",
+        # Without the texts, which `embeddings` has; rows are removed by being told what was put in.
+        """
+        CREATE VIRTUAL TABLE full_text USING fts5(
+            text,
+            content = '',
+            tokenize = 'porter unicode61 remove_diacritics 2 categories ''L* N* Co M*'''
+        )
+        """,
+        "CREATE TABLE full_text_progress (id INTEGER NOT NULL, last_row_id INTEGER NOT NULL, PRIMARY KEY (id))",
+        "INSERT INTO full_text_progress VALUES (1, 0)",
+    ),
+)
+
+MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA, COLLECTIONS_AND_FULL_TEXT)
 
 
 def find_newest_version(migrations: Sequence[Migration] = MIGRATIONS) -> int:

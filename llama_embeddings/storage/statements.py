@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import cast
 
 from sqlalchemy import (
+    CompoundSelect,
     LargeBinary,
+    ScalarSelect,
     Select,
     Table,
     bindparam,
@@ -20,14 +22,20 @@ from sqlalchemy import (
     null,
     select,
     type_coerce,
+    union,
     update,
 )
 from sqlalchemy.sql.elements import ColumnElement
 
 from embeddings_data_models import (
+    HELD_BY_DOCUMENTS,
+    Collection,
     Document,
+    DocumentCollection,
     DocumentEmbedding,
     DocumentSentence,
+    EmbeddingCollection,
+    FullTextProgress,
     TextEmbedding,
     TokenLevelEmbedding,
     TokenLevelEmbeddingBundle,
@@ -35,7 +43,11 @@ from embeddings_data_models import (
 )
 from llama_embeddings.storage.engine import insert_unless_present
 
+collections = cast(Table, Collection.__table__)
 embeddings = cast(Table, TextEmbedding.__table__)
+embedding_collections = cast(Table, EmbeddingCollection.__table__)
+document_collections = cast(Table, DocumentCollection.__table__)
+full_text_progress = cast(Table, FullTextProgress.__table__)
 documents = cast(Table, Document.__table__)
 document_embeddings = cast(Table, DocumentEmbedding.__table__)
 document_sentences = cast(Table, DocumentSentence.__table__)
@@ -55,7 +67,44 @@ def _is_any_of(column: ColumnElement[object], parameter: str) -> ColumnElement[b
 
 _IS_WANTED_RECIPE = (embeddings.c.model_name == bindparam("model_name"), embeddings.c.recipe == bindparam("recipe"))
 
+# --- collections ---
+
+FIND_COLLECTION_ID = select(collections.c.id).where(collections.c.name == bindparam("name"))
+INSERT_COLLECTION = insert_unless_present(collections)
+READ_COLLECTIONS = select(collections.c.id, collections.c.name).order_by(collections.c.id)
+
+INSERT_EMBEDDING_COLLECTIONS = insert_unless_present(embedding_collections)
+INSERT_DOCUMENT_COLLECTION = insert_unless_present(document_collections)
+
+SET_COLLECTION = (
+    update(embeddings)
+    .where(embeddings.c.id == bindparam("row_id"))
+    .values(collection_id=bindparam("new_collection_id"))
+)
+
+FIND_COLLECTION_IDS_OF_ROWS = select(embeddings.c.id, embeddings.c.collection_id).where(
+    _is_any_of(embeddings.c.id, "row_ids")
+)
+
+FIND_COLLECTIONS_OF_DOCUMENT = (
+    select(collections.c.name)
+    .join(document_collections, document_collections.c.collection_id == collections.c.id)
+    .join(document_embeddings, document_embeddings.c.document_id == document_collections.c.document_id)
+    .where(document_embeddings.c.id == bindparam("document_embedding_id"))
+)
+
+COUNT_DOCUMENTS_BY_COLLECTION = select(document_collections.c.collection_id, func.count()).group_by(
+    document_collections.c.collection_id
+)
+
 # --- embeddings ---
+
+_FURTHER_COLLECTION_IDS = (
+    select(func.group_concat(embedding_collections.c.collection_id))
+    .where(embedding_collections.c.embedding_id == embeddings.c.id)
+    .correlate(embeddings)
+    .scalar_subquery()
+)
 
 FIND_EMBEDDINGS = select(
     embeddings.c.id,
@@ -63,9 +112,11 @@ FIND_EMBEDDINGS = select(
     _as_bytes(embeddings.c.embedding),
     embeddings.c.n_tokens,
     embeddings.c.n_tokens_dropped,
+    embeddings.c.collection_id,
+    _FURTHER_COLLECTION_IDS,
 ).where(_is_any_of(embeddings.c.text_hash, "text_hashes"), *_IS_WANTED_RECIPE)
 
-FIND_EMBEDDING_IDS = select(embeddings.c.text_hash, embeddings.c.id).where(
+FIND_EMBEDDING_IDS = select(embeddings.c.text_hash, embeddings.c.id, embeddings.c.collection_id).where(
     _is_any_of(embeddings.c.text_hash, "text_hashes"), *_IS_WANTED_RECIPE
 )
 
@@ -84,6 +135,7 @@ INSERT_EMBEDDINGS = (
             "request_time": bindparam("request_time"),
             "response_time": bindparam("response_time"),
             "total_time": bindparam("total_time"),
+            "collection_id": bindparam("collection_id"),
         }
     )
     .returning(embeddings.c.id, embeddings.c.text_hash, embeddings.c.model_name, embeddings.c.recipe)
@@ -124,14 +176,14 @@ READ_EVERY_NTH_VECTOR = (
 
 READ_VECTORS = (
     select(embeddings.c.id, _as_bytes(embeddings.c.embedding))
-    .where(*_IS_WANTED_RECIPE, embeddings.c.id > bindparam("after_row_id"))
+    .where(*_IS_WANTED_RECIPE, embeddings.c.id > bindparam("after_row_id"), embeddings.c.collection_id.is_not(null()))
     .order_by(embeddings.c.id)
     .limit(bindparam("limit"))
 )
 
 READ_ROW_IDS = (
     select(embeddings.c.id)
-    .where(*_IS_WANTED_RECIPE, embeddings.c.id > bindparam("after_row_id"))
+    .where(*_IS_WANTED_RECIPE, embeddings.c.id > bindparam("after_row_id"), embeddings.c.collection_id.is_not(null()))
     .order_by(embeddings.c.id)
     .limit(bindparam("limit"))
 )
@@ -144,10 +196,21 @@ READ_VECTORS_OF_RANGE = select(embeddings.c.id, _as_bytes(embeddings.c.embedding
     embeddings.c.id.between(bindparam("first"), bindparam("last"))
 )
 
+# What has to be known of a row that is gone.
+_REMAINS = (
+    embeddings.c.model_name,
+    embeddings.c.recipe,
+    embeddings.c.id,
+    embeddings.c.text,
+    embeddings.c.collection_id.is_not(null()),
+)
+
 DELETE_EMBEDDINGS_OF_TEXT = (
-    delete(embeddings)
-    .where(embeddings.c.text_hash == bindparam("text_hash_to_delete"))
-    .returning(embeddings.c.model_name, embeddings.c.recipe, embeddings.c.id)
+    delete(embeddings).where(embeddings.c.text_hash == bindparam("text_hash_to_delete")).returning(*_REMAINS)
+)
+
+READ_FULL_TEXT_POSITION = select(
+    func.coalesce(select(func.max(embeddings.c.id)).scalar_subquery(), 0), full_text_progress.c.last_row_id
 )
 
 COUNT_ROWS = select(
@@ -157,7 +220,9 @@ COUNT_ROWS = select(
 )
 
 
-def list_texts(model_name: str | None, limit: int | None, offset: int) -> Select[tuple[str]]:
+def list_texts(
+    model_name: str | None, limit: int | None, offset: int, collection: str | None = None
+) -> Select[tuple[str]]:
     """Each distinct text once, in the order in which it came first."""
     # The first row of each text is found in an index alone; texts are then read only for the part asked for.
     first_rows = select(func.min(embeddings.c.id).label("id")).group_by(embeddings.c.text_hash)
@@ -165,6 +230,8 @@ def list_texts(model_name: str | None, limit: int | None, offset: int) -> Select
         # An expression, so that the unique index is read from end to end. It has all that is needed; the index on
         # the model's name would fetch the hash of every row from the table, which takes five times as long.
         first_rows = first_rows.where(embeddings.c.model_name + literal("") == model_name)
+    if collection is not None:
+        first_rows = first_rows.where(embeddings.c.id.in_(select_members(collection)))
     part = first_rows.order_by(func.min(embeddings.c.id)).limit(limit).offset(offset).subquery()
     return select(embeddings.c.text).join(part, part.c.id == embeddings.c.id).order_by(embeddings.c.id)
 
@@ -246,7 +313,7 @@ DELETE_SENTENCES = delete(document_sentences).where(
     document_sentences.c.document_embedding_id == bindparam("old_document_embedding_id")
 )
 
-# A row belongs to the first document that holds it.
+# A row notes the first document that holds it.
 CLAIM_SENTENCES = (
     update(embeddings)
     .where(
@@ -260,10 +327,23 @@ CLAIM_SENTENCES = (
     .values(document_id=bindparam("holder_id"))
 )
 
-FIND_DOCUMENT_EMBEDDINGS_OF_FILENAME = (
-    select(document_embeddings.c.id)
-    .join(documents, documents.c.id == document_embeddings.c.document_id)
-    .where(documents.c.filename == bindparam("filename"))
+FIND_DOCUMENT_ID_OF_EMBEDDING = select(document_embeddings.c.document_id).where(
+    document_embeddings.c.id == bindparam("document_embedding_id")
+)
+
+FIND_EMBEDDINGS_OF_DOCUMENTS = select(document_embeddings.c.id).where(
+    _is_any_of(document_embeddings.c.document_id, "document_ids")
+)
+
+DELETE_DOCUMENT_COLLECTION = delete(document_collections).where(
+    _is_any_of(document_collections.c.document_id, "document_ids"),
+    document_collections.c.collection_id.in_(select(collections.c.id).where(collections.c.name == bindparam("name"))),
+)
+
+FIND_DOCUMENTS_WITH_COLLECTION = (
+    select(document_collections.c.document_id)
+    .where(_is_any_of(document_collections.c.document_id, "document_ids"))
+    .distinct()
 )
 
 # In the next two, `doomed` are the document_embeddings that go; others may hold the same rows.
@@ -274,8 +354,12 @@ _HELD_BY_OTHERS = (
 
 DELETE_SENTENCES_NOBODY_ELSE_HOLDS = (
     delete(embeddings)
-    .where(_is_any_of(embeddings.c.document_id, "doomed"), ~exists().where(*_HELD_BY_OTHERS))
-    .returning(embeddings.c.model_name, embeddings.c.recipe, embeddings.c.id)
+    .where(
+        _is_any_of(embeddings.c.document_id, "doomed"),
+        embeddings.c.collection_id == HELD_BY_DOCUMENTS,
+        ~exists().where(*_HELD_BY_OTHERS),
+    )
+    .returning(*_REMAINS)
 )
 
 HAND_ON_SENTENCES = (
@@ -289,12 +373,67 @@ HAND_ON_SENTENCES = (
     )
 )
 
-DELETE_DOCUMENTS = delete(documents).where(documents.c.filename == bindparam("filename_to_delete"))
+DELETE_DOCUMENTS = delete(documents).where(_is_any_of(documents.c.id, "document_ids"))
 
 
-def list_filenames(model_name: str | None, limit: int | None, offset: int) -> Select[tuple[str]]:
+def find_document_ids(filename: str, model_name: str | None, collection: str | None) -> Select[int]:
+    """The documents of a name; of one model and in one collection, where these are given."""
+    statement = select(documents.c.id).where(
+        documents.c.id.in_(select(document_embeddings.c.document_id).where(document_embeddings.c.filename == filename))
+    )
+    if model_name is not None:
+        statement = statement.where(documents.c.model_name == model_name)
+    if collection is not None:
+        statement = statement.where(documents.c.id.in_(_select_documents(collection)))
+    return statement
+
+
+def list_filenames(
+    model_name: str | None, limit: int | None, offset: int, collection: str | None = None
+) -> Select[tuple[str]]:
     """Each distinct file name once, in the order in which it came first."""
     statement = select(documents.c.filename).group_by(documents.c.filename).order_by(func.min(documents.c.id))
     if model_name is not None:
         statement = statement.where(documents.c.model_name == model_name)
+    if collection is not None:
+        statement = statement.where(documents.c.id.in_(_select_documents(collection)))
     return statement.limit(limit).offset(offset)
+
+
+def _select_collection(name: str) -> ScalarSelect[int]:
+    return select(collections.c.id).where(collections.c.name == name).scalar_subquery()
+
+
+def _select_documents(collection: str) -> Select[tuple[int]]:
+    return select(document_collections.c.document_id).where(
+        document_collections.c.collection_id == _select_collection(collection)
+    )
+
+
+# --- members of a collection, and other filters of a search ---
+# A text is in a collection if it was asked for in it, or stands in a document that was submitted to it.
+
+
+def select_members(collection: str) -> CompoundSelect[tuple[int]]:
+    """Ids of all rows in a collection."""
+    first = select(embeddings.c.id).where(embeddings.c.collection_id == _select_collection(collection))
+    further = select(embedding_collections.c.embedding_id).where(
+        embedding_collections.c.collection_id == _select_collection(collection)
+    )
+    return union(first, further, select_sentences(collection=collection))
+
+
+def select_sentences(
+    *, filename: str | None = None, collection: str | None = None, model_name: str | None = None
+) -> Select[tuple[int]]:
+    """Ids of the rows in documents: of a name, in a collection, of a model."""
+    statement = select(document_sentences.c.embedding_id).join(
+        document_embeddings, document_embeddings.c.id == document_sentences.c.document_embedding_id
+    )
+    if filename is not None:
+        statement = statement.where(document_embeddings.c.filename == filename)
+    if collection is not None:
+        statement = statement.where(document_embeddings.c.document_id.in_(_select_documents(collection)))
+    if model_name is not None:
+        statement = statement.where(document_embeddings.c.model_name == model_name)
+    return statement

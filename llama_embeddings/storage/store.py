@@ -15,14 +15,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from sqlalchemy import Engine, Executable
+from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from embeddings_data_models import (
     EmbeddingGroup,
@@ -30,18 +31,22 @@ from embeddings_data_models import (
     NewEmbedding,
     NewTokenLevelBundle,
     Sentence,
+    StoredCollection,
     StoredDocument,
     StoredEmbedding,
     StoredTokenLevelBundle,
 )
 from llama_embeddings.errors import InvalidInput, StoreBusy, StoreFull, StoreUnusable
-from llama_embeddings.storage import statements, writes
+from llama_embeddings.storage import filters, full_text, statements, writes
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
+from llama_embeddings.storage.collection_names import CollectionNames
 from llama_embeddings.storage.engine import (
+    N_SEARCHERS,
     Fault,
     classify_fault,
     create_lookup_engine,
     create_reader_engine,
+    create_search_engine,
     create_writer_engine,
     describe_fault,
     fetch_by_ids,
@@ -49,9 +54,11 @@ from llama_embeddings.storage.engine import (
     parse_database_url,
     vacuum_into,
 )
+from llama_embeddings.storage.filters import RowFilter
+from llama_embeddings.storage.full_text_follower import FullTextFollower
 from llama_embeddings.storage.migrations import find_newest_version, migrate
 from llama_embeddings.storage.write_queue import WriteQueue
-from llama_embeddings.storage.writes import RemovedRow, split
+from llama_embeddings.storage.writes import DocumentSelection, Placement, Removal, split
 
 Result = TypeVar("Result")
 
@@ -85,12 +92,16 @@ class EmbeddingStore:
     StoreUnusable (the file is damaged). Arrays in results are read-only views of the bytes read.
     """
 
-    def __init__(self, writer: Engine, lookups: Engine, readers: AsyncEngine, write_queue: WriteQueue) -> None:
+    def __init__(self, writer: Engine, url: URL, write_queue: WriteQueue) -> None:
         self._writer = writer
-        self._lookups = lookups
+        self._lookups = create_lookup_engine(url)
         self._lookup_thread = ThreadPoolExecutor(1, thread_name_prefix="store-lookup")
-        self._readers = readers
+        self._searches = create_search_engine(url)
+        self._search_threads = ThreadPoolExecutor(N_SEARCHERS, thread_name_prefix="store-search")
+        self._readers = create_reader_engine(url)
         self._write_queue = write_queue
+        self._collection_names = CollectionNames()
+        self._full_text = FullTextFollower(write_queue, self._read_full_text_position)
 
     @classmethod
     async def open(
@@ -123,7 +134,9 @@ class EmbeddingStore:
             raise
         write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
-        return cls(writer, create_lookup_engine(url), create_reader_engine(url), write_queue)
+        store = cls(writer, url, write_queue)
+        store._full_text.start()
+        return store
 
     @property
     def path(self) -> Path:
@@ -132,10 +145,13 @@ class EmbeddingStore:
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
+        await self._full_text.stop()
         await self._write_queue.stop()
         await self._readers.dispose()
         self._lookup_thread.shutdown()
         self._lookups.dispose()
+        self._search_threads.shutdown()
+        self._searches.dispose()
         # Last, so that it is the one that copies the log into the database and removes it.
         await asyncio.to_thread(self._writer.dispose)
 
@@ -148,27 +164,61 @@ class EmbeddingStore:
         found: dict[str, StoredEmbedding] = {}
         for part in split(text_hashes):
             parameters = {"text_hashes": part, "model_name": model_name, "recipe": recipe}
-            for row_id, text_hash, vector, n_tokens, n_dropped in await self._look_up(
-                statements.FIND_EMBEDDINGS, parameters
-            ):
-                found[text_hash] = StoredEmbedding(row_id, text_hash, _decode(vector), n_tokens, n_dropped)
+            rows = await self._visit(self._lookup_thread, self._lookups, self._find_embeddings, parameters)
+            found.update((embedding.text_hash, embedding) for embedding in rows)
         return found
 
+    def _find_embeddings(self, connection: Connection, parameters: Mapping[str, Any]) -> list[StoredEmbedding]:
+        find_names = self._collection_names.find
+        return [
+            StoredEmbedding(
+                row_id,
+                text_hash,
+                _decode(vector),
+                n_tokens,
+                n_dropped,
+                find_names(connection, first, further),
+                first is not None,
+            )
+            for row_id, text_hash, vector, n_tokens, n_dropped, first, further in connection.execute(
+                statements.FIND_EMBEDDINGS, parameters
+            ).all()
+        ]
+
     async def add_embeddings(self, rows: Sequence[NewEmbedding]) -> list[int]:
-        """Keep embeddings and return their row ids, in order. A text known before keeps its row and its vector."""
-        return await self._write_queue.submit(writes.insert_embeddings, rows) if rows else []
+        """Keep embeddings and return their row ids, in order. A text known before keeps its row and its vector.
+
+        It is put into the new row's collection, and so may become searchable.
+        """
+        if not rows:
+            return []
+        row_ids = await self._write_queue.submit(writes.insert_embeddings, rows)
+        self._full_text.notice()
+        return row_ids
+
+    async def place_embeddings(self, row_ids: Sequence[int], collection: str | None) -> set[int]:
+        """Put stored texts into a collection, too; None: make them searchable as sentences of documents.
+
+        Returns the rows that are there; those that are gone are passed over.
+        """
+        return await self._write_queue.submit(writes.place_embeddings, Placement(row_ids, collection))
 
     async def texts_of_rows(self, row_ids: Sequence[int]) -> dict[int, str]:
         """Texts by row id; rows that are gone are absent."""
         texts: dict[int, str] = {}
         for part in split(row_ids):
-            rows = await self._on_lookup_thread(self._fetch_by_ids_now, "id, text", "embeddings", part)
+            rows = await self._look_up_rows("id, text", part)
             texts.update((row_id, text) for row_id, text in rows)
         return texts
 
-    async def list_texts(self, model_name: str | None, limit: int | None, offset: int) -> list[str]:
-        """Each distinct text once, oldest first; of every model if `model_name` is None."""
-        rows = await self._fetch(statements.list_texts(model_name, limit, offset))
+    async def list_texts(
+        self, model_name: str | None, limit: int | None, offset: int, collection: str | None = None
+    ) -> list[str]:
+        """Each distinct text once, oldest first; of every model and collection where None is given.
+
+        Queries are listed among the texts of every collection: they are stored, though they are in none.
+        """
+        rows = await self._fetch(statements.list_texts(model_name, limit, offset, collection))
         return [text for (text,) in rows]
 
     async def embedding_groups(self) -> list[EmbeddingGroup]:
@@ -217,7 +267,7 @@ class EmbeddingStore:
             return _split_rows([])
         wanted: list[int] = row_ids.tolist()
         if len(wanted) <= MAX_ROWS_OF_A_LOOKUP:
-            rows = await self._on_lookup_thread(self._fetch_by_ids_now, "id, embedding", "embeddings", wanted)
+            rows = await self._look_up_rows("id, embedding", wanted)
             return _split_rows(rows)
         first, last = min(wanted), max(wanted)
         if last - first < MAX_SPREAD_OF_A_RANGE * len(wanted):
@@ -275,8 +325,14 @@ class EmbeddingStore:
         for row_id, n_sentences in await self._fetch(statements.FIND_DOCUMENT_EMBEDDING, key):
             rows = await self._fetch(statements.FIND_SENTENCES, {"document_embedding_id": row_id})
             if len(rows) == n_sentences:
-                sentences = tuple(Sentence(text, page, start, end) for text, page, start, end, _ in rows)
-                return StoredDocument(row_id, filename, sentences, _stack([row[4] for row in rows]))
+                names = await self._fetch(statements.FIND_COLLECTIONS_OF_DOCUMENT, {"document_embedding_id": row_id})
+                return StoredDocument(
+                    row_id,
+                    filename,
+                    tuple(Sentence(text, page, start, end) for text, page, start, end, _ in rows),
+                    _stack([row[4] for row in rows]),
+                    frozenset(name for (name,) in names),
+                )
         return None
 
     async def add_document(self, document: NewDocument) -> int:
@@ -288,24 +344,84 @@ class EmbeddingStore:
             raise ValueError(f"{len(document.sentences)} sentences, but {len(document.embedding_row_ids)} rows")
         return await self._write_queue.submit(writes.insert_documents, document)
 
-    async def list_document_filenames(self, model_name: str | None, limit: int | None, offset: int) -> list[str]:
-        """Each distinct file name once, oldest first; of every model if `model_name` is None."""
-        rows = await self._fetch(statements.list_filenames(model_name, limit, offset))
+    async def place_document(self, row_id: int, collection: str) -> None:
+        """Put a stored document into a collection, too, with all its sentences."""
+        await self._write_queue.submit(writes.place_documents, (row_id, collection))
+
+    async def list_document_filenames(
+        self, model_name: str | None, limit: int | None, offset: int, collection: str | None = None
+    ) -> list[str]:
+        """Each distinct file name once, oldest first; of every model and collection where None is given."""
+        rows = await self._fetch(statements.list_filenames(model_name, limit, offset, collection))
         return [filename for (filename,) in rows]
+
+    # --- what a search asks ---
+
+    async def find_row_ids(
+        self,
+        model_name: str,
+        families: Sequence[str],
+        *,
+        collection: str | None = None,
+        filename: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> np.ndarray:
+        """Sorted unique int64 ids of a model's searchable rows under recipe families, cut texts included.
+
+        See RowFilter for what the conditions mean; all that are given have to be met.
+        """
+        wanted = RowFilter(model_name, tuple(families), collection, filename, since, until)
+        return await self._visit(self._search_threads, self._searches, filters.find_row_ids, wanted)
+
+    async def holds_everything(self, model_name: str, families: Sequence[str], collection: str) -> bool:
+        """Whether a collection has all searchable rows, in no time, so that a search need not filter by it."""
+        arguments = (model_name, tuple(families), collection)
+        return await self._visit(self._search_threads, self._searches, filters.holds_everything, *arguments)
+
+    async def search_text(
+        self,
+        query: str,
+        *,
+        model_name: str,
+        families: Sequence[str],
+        limit: int,
+        row_ids: np.ndarray | None = None,
+    ) -> list[tuple[int, float]]:
+        """Row ids and BM25 scores (higher is better) of searchable texts with any word of the query, best first.
+
+        Any string is a query; one without a word finds nothing. `row_ids`, sorted, are those that may be returned.
+        What was committed before the call is found.
+        """
+        await self._full_text.catch_up()
+        arguments = (query, model_name, tuple(families), limit, row_ids)
+        return await self._visit(self._search_threads, self._searches, _search_text, *arguments)
+
+    async def list_collections(self) -> list[StoredCollection]:
+        """All collections, oldest first, with the numbers of embeddings and documents in them."""
+        return await self._visit(self._search_threads, self._searches, filters.list_collections)
+
+    async def _read_full_text_position(self) -> tuple[int, int]:
+        [[newest, position]] = await self._fetch(statements.READ_FULL_TEXT_POSITION)
+        return newest, position
 
     # --- forgetting ---
 
-    async def delete_text(self, text: str) -> list[RemovedRow]:
-        """Forget a text under every model and recipe. Returns (model_name, recipe, row id) of what was removed."""
+    async def delete_text(self, text: str) -> Removal:
+        """Forget a text under every model and recipe, in every collection, with its token-level bundles."""
         return await self._write_queue.submit(writes.delete_texts, text)
 
-    async def delete_document(self, filename: str) -> list[RemovedRow]:
-        """Forget the documents of this name and the sentences that only they hold.
+    async def delete_document(
+        self, filename: str, *, model_name: str | None = None, collection: str | None = None
+    ) -> Removal:
+        """Forget the documents of this name and the sentences that nobody else holds.
 
-        A sentence that another document holds stays, and goes with the last of them. Returns
-        (model_name, recipe, row id) of the sentences removed.
+        A sentence that another document holds goes with the last of them; one that was asked for by itself stays. A
+        document that is in other collections than the one given leaves that one only.
         """
-        return await self._write_queue.submit(writes.delete_documents, filename)
+        return await self._write_queue.submit(
+            writes.delete_documents, DocumentSelection(filename, model_name, collection)
+        )
 
     # --- upkeep ---
 
@@ -358,24 +474,17 @@ class EmbeddingStore:
 
     async def _look_up(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
         """Fetch by key, in one visit to the lookup thread: what every request waits for."""
-        return await self._on_lookup_thread(self._look_up_now, statement, parameters)
+        return await self._visit(self._lookup_thread, self._lookups, _fetch_now, statement, parameters)
 
-    async def _on_lookup_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._lookup_thread, function, *arguments)
+    async def _look_up_rows(self, columns: str, row_ids: Sequence[int]) -> Sequence[Any]:
+        """The same for rows of embeddings by their ids."""
+        return await self._visit(self._lookup_thread, self._lookups, fetch_by_ids, columns, "embeddings", row_ids)
 
-    def _look_up_now(self, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        try:
-            with self._lookups.connect() as connection:
-                return connection.execute(statement, parameters).all()
-        except DBAPIError as error:
-            raise _describe_failure(error) from error
-
-    def _fetch_by_ids_now(self, columns: str, table: str, row_ids: Sequence[int]) -> Sequence[Any]:
-        try:
-            with self._lookups.connect() as connection:
-                return fetch_by_ids(connection, columns, table, row_ids)
-        except DBAPIError as error:
-            raise _describe_failure(error) from error
+    async def _visit(
+        self, threads: ThreadPoolExecutor, engine: Engine, read: Callable[..., Result], *arguments: Any
+    ) -> Result:
+        """The whole of `read(connection, *arguments)` on a thread that has a connection of its own."""
+        return await asyncio.get_running_loop().run_in_executor(threads, _read_now, engine, read, arguments)
 
     async def _fetch(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Sequence[Any]:
         try:
@@ -383,6 +492,36 @@ class EmbeddingStore:
                 return (await connection.execute(statement, parameters)).all()
         except (DBAPIError, PoolTimeoutError) as error:
             raise _describe_failure(error) from error
+
+
+def _read_now(engine: Engine, read: Callable[..., Result], arguments: Sequence[Any]) -> Result:
+    try:
+        with engine.connect() as connection:
+            return read(connection, *arguments)
+    except DBAPIError as error:
+        raise _describe_failure(error) from error
+
+
+def _fetch_now(connection: Connection, statement: Executable, parameters: Mapping[str, Any]) -> Sequence[Any]:
+    return connection.execute(statement, parameters).all()
+
+
+def _search_text(
+    connection: Connection,
+    query: str,
+    model_name: str,
+    families: tuple[str, ...],
+    limit: int,
+    row_ids: np.ndarray | None,
+) -> list[tuple[int, float]]:
+    has_others = filters.has_other_rows(connection, model_name, families)
+
+    def is_wanted(found: np.ndarray) -> np.ndarray:
+        wanted = np.ones(len(found), bool) if row_ids is None else np.isin(found, row_ids, assume_unique=True)
+        return wanted & filters.are_of(connection, found, model_name, families) if has_others else wanted
+
+    needs_filter = has_others or row_ids is not None
+    return full_text.search(connection, query, limit=limit, is_wanted=is_wanted if needs_filter else None)
 
 
 def _check_target(target: Path) -> None:

@@ -6,7 +6,8 @@ They neither begin nor end a transaction, and keep nothing between calls.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha3_256
@@ -17,21 +18,53 @@ import numpy as np
 from sqlalchemy import Connection, Executable
 
 from embeddings_data_models import (
+    DEFAULT_COLLECTION,
+    DEFAULT_COLLECTION_ID,
+    HELD_BY_DOCUMENTS,
     NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
     RequestStamp,
     compute_text_hash,
     compute_token_hash,
+    utc_now,
 )
 from llama_embeddings.errors import Unavailable
-from llama_embeddings.storage import statements
+from llama_embeddings.storage import full_text, statements
 from llama_embeddings.storage.engine import MAX_LIST_LENGTH, overwriting_deleted, touch
 
 Element = TypeVar("Element")
 
 # (model_name, recipe, row id): where an index has to forget what.
 RemovedRow = tuple[str, str, int]
+
+_EmbeddingKey = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What was forgotten: rows of embeddings, and how many token-level bundles and documents."""
+
+    rows: list[RemovedRow]
+    n_bundles: int = 0
+    n_documents: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Rows that are asked for in a collection, or, if it is None, as sentences of documents."""
+
+    row_ids: Sequence[int]
+    collection: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentSelection:
+    """The documents of a name; of one model and in one collection, where these are given."""
+
+    filename: str
+    model_name: str | None = None
+    collection: str | None = None
 
 
 def split(elements: Sequence[Element], length: int = MAX_LIST_LENGTH) -> Iterator[Sequence[Element]]:
@@ -55,17 +88,46 @@ def compute_feature_vector_hash(text_hash: str, feature_vector: np.ndarray) -> s
 def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbedding]]) -> list[list[int]]:
     """Row ids of each batch; a text that is there already keeps its row."""
     rows = list(chain.from_iterable(batches))
-    ids: dict[tuple[str, str, str], int] = {}
+    ids: dict[_EmbeddingKey, int] = {}
     if rows:
-        described = [_describe_embedding(row) for row in rows]
+        collection_ids = _resolve_collections(connection, {row.collection for row in rows})
+        described = [_describe_embedding(row, collection_ids) for row in rows]
         for row_id, *key in connection.execute(statements.INSERT_EMBEDDINGS, described):
             ids[key[0], key[1], key[2]] = row_id
-    # What was there already is passed over by the insertion and gives no row back.
-    ids |= _find_embedding_ids(connection, [row for row in rows if _key(row) not in ids])
+        # What was there already, or came twice, is passed over by the insertion and gives no row back.
+        if len(ids) < len(rows):
+            ids = _place_known(connection, rows, ids, collection_ids)
     return [[ids[_key(row)] for row in batch] for batch in batches]
 
 
-def _find_embedding_ids(connection: Connection, rows: Sequence[NewEmbedding]) -> dict[tuple[str, str, str], int]:
+def _place_known(
+    connection: Connection,
+    rows: Sequence[NewEmbedding],
+    inserted: Mapping[_EmbeddingKey, int],
+    collection_ids: Mapping[str | None, int],
+) -> dict[_EmbeddingKey, int]:
+    """Ids of all rows; those that had one before are put into the collection that they were sent for."""
+    known = _find_embedding_ids(connection, [row for row in rows if _key(row) not in inserted])
+    homes = dict(known.values())
+    ids = dict(inserted) | {key: row_id for key, (row_id, _) in known.items()}
+    wanted = []
+    for row in rows:
+        row_id, home = ids[_key(row)], _choose_home(row, collection_ids)
+        if row_id in homes:
+            wanted.append((row_id, home))
+        homes.setdefault(row_id, home)
+    _place(connection, homes, [(row_id, home) for row_id, home in wanted if home is not None])
+    return ids
+
+
+def _choose_home(row: NewEmbedding, collection_ids: Mapping[str | None, int]) -> int | None:
+    return collection_ids[row.collection] if row.is_searchable else None
+
+
+def _find_embedding_ids(
+    connection: Connection, rows: Sequence[NewEmbedding]
+) -> dict[_EmbeddingKey, tuple[int, int | None]]:
+    """Id and collection of rows that are there."""
     hashes_by_group: defaultdict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for row in rows:
         hashes_by_group[row.model_name, row.recipe][row.text_hash] = None
@@ -73,16 +135,16 @@ def _find_embedding_ids(connection: Connection, rows: Sequence[NewEmbedding]) ->
     for (model_name, recipe), hashes in hashes_by_group.items():
         for part in split(list(hashes)):
             parameters = {"text_hashes": part, "model_name": model_name, "recipe": recipe}
-            for text_hash, row_id in connection.execute(statements.FIND_EMBEDDING_IDS, parameters):
-                ids[text_hash, model_name, recipe] = row_id
+            for text_hash, row_id, home in connection.execute(statements.FIND_EMBEDDING_IDS, parameters):
+                ids[text_hash, model_name, recipe] = row_id, home
     return ids
 
 
-def _key(row: NewEmbedding) -> tuple[str, str, str]:
+def _key(row: NewEmbedding) -> _EmbeddingKey:
     return row.text_hash, row.model_name, row.recipe
 
 
-def _describe_embedding(row: NewEmbedding) -> dict[str, Any]:
+def _describe_embedding(row: NewEmbedding, collection_ids: Mapping[str | None, int]) -> dict[str, Any]:
     return {
         "text": row.text,
         "text_hash": row.text_hash,
@@ -91,6 +153,7 @@ def _describe_embedding(row: NewEmbedding) -> dict[str, Any]:
         "embedding": encode_vector(row.vector),
         "n_tokens": row.n_tokens,
         "n_tokens_dropped": row.n_tokens_dropped,
+        "collection_id": _choose_home(row, collection_ids),
         **_describe_times(row.stamp, row.response_time),
     }
 
@@ -107,6 +170,78 @@ def _describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, A
 
 def _without_zone(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(tzinfo=None)
+
+
+# --- collections ---
+
+
+def _resolve_collections(connection: Connection, names: Collection[str | None]) -> dict[str | None, int]:
+    """Ids of collections, those made that are new. None is what only documents hold."""
+    ids: dict[str | None, int] = {None: HELD_BY_DOCUMENTS, DEFAULT_COLLECTION: DEFAULT_COLLECTION_ID}
+    for name in names:
+        if name not in ids:
+            ids[name] = _find_or_make_collection(connection, str(name))
+    return ids
+
+
+def _find_or_make_collection(connection: Connection, name: str) -> int:
+    found = connection.execute(statements.FIND_COLLECTION_ID, {"name": name}).scalar_one_or_none()
+    if found is None:
+        connection.execute(statements.INSERT_COLLECTION, {"name": name, "creation_time": _without_zone(utc_now())})
+        found = connection.execute(statements.FIND_COLLECTION_ID, {"name": name}).scalar_one()
+    return int(found)
+
+
+def place_embeddings(connection: Connection, placements: Sequence[Placement]) -> list[set[int]]:
+    """Put rows that are there into collections; answers which these are. Those that are in already stay in."""
+    collection_ids = _resolve_collections(connection, {placement.collection for placement in placements})
+    found: list[set[int]] = []
+    for placement in placements:
+        homes: dict[int, int | None] = {}
+        for part in split(list(placement.row_ids)):
+            rows = connection.execute(statements.FIND_COLLECTION_IDS_OF_ROWS, {"row_ids": part})
+            homes.update((row_id, home) for row_id, home in rows)
+        found.append(set(homes))
+        _place(connection, homes, [(row_id, collection_ids[placement.collection]) for row_id in homes])
+    return found
+
+
+def _place(connection: Connection, homes: dict[int, int | None], wanted: Sequence[tuple[int, int]]) -> None:
+    """Put rows into collections beside those that they are in; `homes` has the first of each."""
+    found_now: list[int] = []
+    first, further = [], []
+    for row_id, collection_id in wanted:
+        home = homes[row_id]
+        if home is None:
+            found_now.append(row_id)
+        if home is None or (home == HELD_BY_DOCUMENTS and collection_id != HELD_BY_DOCUMENTS):
+            first.append({"row_id": row_id, "new_collection_id": collection_id})
+            homes[row_id] = collection_id
+        elif collection_id not in (home, HELD_BY_DOCUMENTS):
+            further.append({"embedding_id": row_id, "collection_id": collection_id})
+    if first:
+        connection.execute(statements.SET_COLLECTION, first)
+    if further:
+        connection.execute(statements.INSERT_EMBEDDING_COLLECTIONS, further)
+    for part in split(found_now):
+        rows = connection.execute(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})
+        full_text.add_rows(connection, [(row_id, text) for row_id, text in rows])
+
+
+def place_documents(connection: Connection, placements: Sequence[tuple[int, str]]) -> list[None]:
+    """Put documents, by the id of their `document_embeddings`, into a collection; one that is gone is passed over."""
+    for row_id, collection in placements:
+        key = {"document_embedding_id": row_id}
+        document_id = connection.execute(statements.FIND_DOCUMENT_ID_OF_EMBEDDING, key).scalar_one_or_none()
+        if document_id is not None:
+            _place_document(connection, document_id, collection)
+    return [None] * len(placements)
+
+
+def _place_document(connection: Connection, document_id: int, collection: str) -> None:
+    collection_id = _resolve_collections(connection, [collection])[collection]
+    row = {"document_id": document_id, "collection_id": collection_id}
+    connection.execute(statements.INSERT_DOCUMENT_COLLECTION, row)
 
 
 # --- token-level bundles ---
@@ -182,6 +317,7 @@ def _insert_document(connection: Connection, document: NewDocument) -> int:
     key = {"file_hash": document.file_hash, "model_name": document.model_name, "filename": document.filename}
     connection.execute(statements.INSERT_DOCUMENT, _describe_document(document))
     document_id = connection.execute(statements.FIND_DOCUMENT_ID, key).scalar_one()
+    _place_document(connection, document_id, document.collection)
     connection.execute(statements.INSERT_DOCUMENT_EMBEDDING, _describe_document_embedding(document, document_id))
     key |= {"recipe": document.recipe, "segmentation": document.segmentation}
     row_id, _ = connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key).one()
@@ -250,38 +386,55 @@ def _describe_sentences(document: NewDocument, row_id: int) -> list[dict[str, An
 # --- forgetting ---
 
 
-def delete_texts(connection: Connection, texts: Sequence[str]) -> list[list[RemovedRow]]:
+def delete_texts(connection: Connection, texts: Sequence[str]) -> list[Removal]:
     """Remove each text's embeddings and token-level bundles under every model and recipe."""
     with overwriting_deleted(connection):
         return [_delete_text(connection, text) for text in texts]
 
 
-def _delete_text(connection: Connection, text: str) -> list[RemovedRow]:
+def _delete_text(connection: Connection, text: str) -> Removal:
     key = {"text_hash_to_delete": compute_text_hash(text)}
-    connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key)
-    return _delete_returning(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
+    n_bundles = connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key).rowcount
+    return Removal(_delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key), n_bundles=n_bundles)
 
 
-def delete_documents(connection: Connection, filenames: Sequence[str]) -> list[list[RemovedRow]]:
-    """Remove the documents of each name with the sentences that they brought and that no other document holds."""
+def delete_documents(connection: Connection, selections: Sequence[DocumentSelection]) -> list[Removal]:
+    """Remove documents with the sentences that nobody else holds: no other document, and no collection by itself.
+
+    Of a document that is in several collections, one that was selected by one of them only leaves that one.
+    """
     with overwriting_deleted(connection):
-        return [_delete_documents_of_name(connection, filename) for filename in filenames]
+        return [_delete_documents(connection, selection) for selection in selections]
 
 
-def _delete_documents_of_name(connection: Connection, filename: str) -> list[RemovedRow]:
-    found = connection.execute(statements.FIND_DOCUMENT_EMBEDDINGS_OF_FILENAME, {"filename": filename})
-    doomed = {"doomed": list(found.scalars())}
-    removed: list[RemovedRow] = []
-    if doomed["doomed"]:
-        removed = _delete_returning(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, doomed)
-        connection.execute(statements.HAND_ON_SENTENCES, doomed)
-    connection.execute(statements.DELETE_DOCUMENTS, {"filename_to_delete": filename})
-    return removed
+def _delete_documents(connection: Connection, selection: DocumentSelection) -> Removal:
+    statement = statements.find_document_ids(selection.filename, selection.model_name, selection.collection)
+    selected = list(connection.execute(statement).scalars())
+    doomed = _leave_collection(connection, selected, selection.collection) if selection.collection else selected
+    rows: list[RemovedRow] = []
+    if doomed:
+        found = connection.execute(statements.FIND_EMBEDDINGS_OF_DOCUMENTS, {"document_ids": doomed})
+        holders = {"doomed": list(found.scalars())}
+        rows = _delete_embeddings(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, holders)
+        connection.execute(statements.HAND_ON_SENTENCES, holders)
+        connection.execute(statements.DELETE_DOCUMENTS, {"document_ids": doomed})
+    return Removal(rows, n_documents=len(selected))
 
 
-def _delete_returning(connection: Connection, statement: Executable, parameters: Mapping[str, Any]) -> list[RemovedRow]:
-    rows = connection.execute(statement, parameters)
-    return [(model_name, recipe, row_id) for model_name, recipe, row_id in rows]
+def _leave_collection(connection: Connection, document_ids: list[int], collection: str) -> list[int]:
+    """Take documents out of a collection; those that are in no other are left to be deleted."""
+    connection.execute(statements.DELETE_DOCUMENT_COLLECTION, {"document_ids": document_ids, "name": collection})
+    found = connection.execute(statements.FIND_DOCUMENTS_WITH_COLLECTION, {"document_ids": document_ids})
+    remaining = set(found.scalars())
+    return [document_id for document_id in document_ids if document_id not in remaining]
+
+
+def _delete_embeddings(
+    connection: Connection, statement: Executable, parameters: Mapping[str, Any]
+) -> list[RemovedRow]:
+    rows = connection.execute(statement, parameters).all()
+    full_text.remove_rows(connection, [(row_id, text) for _, _, row_id, text, is_searchable in rows if is_searchable])
+    return [(model_name, recipe, row_id) for model_name, recipe, row_id, _, _ in rows]
 
 
 # --- readiness ---

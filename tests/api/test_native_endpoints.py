@@ -32,17 +32,26 @@ MODELS = "/get_list_of_available_model_names/"
 
 ABSENT = "absent"
 REQUIRED = "required"
-LISTING = {"model_name": ABSENT, "limit": ABSENT, "offset": 0}
+LISTING = {"model_name": ABSENT, "corpus_identifier_string": ABSENT, "limit": ABSENT, "offset": 0}
 DOWNLOAD = {"json_format": "records", "send_back_json_or_zip_file": "zip", "client_ip": ABSENT}
 TEXT = {"text": REQUIRED, "model_name": None, "truncation": None, "input_type": None}
+COLLECTED_TEXT = TEXT | {"corpus_identifier_string": None}
+SUBMITTED = DOWNLOAD | {"model_name": ABSENT, "corpus_identifier_string": ABSENT}
 # Path: method, query parameters with their defaults, fields of the body with theirs.
 ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     MODELS: ("get", {}, {}),
     STRINGS: ("get", LISTING, {}),
     DOCUMENTS: ("get", LISTING, {}),
     "/get_all_stored_documents_with_embeddings/": ("get", LISTING, {}),
-    EMBED: ("post", {"client_ip": ABSENT}, TEXT),
-    "/get_embedding_vector/": ("post", {"client_ip": ABSENT}, TEXT),
+    "/stored_strings/": ("delete", {}, {"text": REQUIRED}),
+    "/stored_documents/": (
+        "delete",
+        {"filename": ABSENT, "model_name": ABSENT, "corpus_identifier_string": ABSENT},
+        {},
+    ),
+    "/get_list_of_collections/": ("get", {}, {}),
+    EMBED: ("post", {"client_ip": ABSENT}, COLLECTED_TEXT),
+    "/get_embedding_vector/": ("post", {"client_ip": ABSENT}, COLLECTED_TEXT),
     TOKENS: ("post", DOWNLOAD, TEXT),
     SIMILARITY: (
         "post",
@@ -53,6 +62,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "model_name": None,
             "similarity_measure": "cosine_similarity",
             "with_percentile": False,
+            "corpus_identifier_string": None,
         },
     ),
     "/compute_similarity_matrix/": (
@@ -80,8 +90,8 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"client_ip": ABSENT},
         {"text": REQUIRED, "model_name": None, "number_of_most_similar_strings_to_return": 3},
     ),
-    DOCUMENT: ("post", DOWNLOAD | {"model_name": ABSENT}, {"file": REQUIRED}),
-    "/get_all_embeddings_for_document/": ("post", DOWNLOAD | {"model_name": ABSENT}, {"file": REQUIRED}),
+    DOCUMENT: ("post", SUBMITTED, {"file": REQUIRED}),
+    "/get_all_embeddings_for_document/": ("post", SUBMITTED, {"file": REQUIRED}),
     "/clear_ramdisk/": ("post", {}, {}),
     "/get_list_of_models_with_their_states/": ("get", {}, {}),
     "/load_model/": ("post", {}, {"model_name": REQUIRED}),
@@ -475,11 +485,12 @@ async def test_search_gives_ten_results_by_default_and_three_under_its_older_nam
 
 
 async def test_search_gives_what_there_is_when_less_is_stored(running: RunningApplication) -> None:
-    """Nothing at first, as the query is left out; the query is kept and found by the next one."""
+    """Nothing at first; queries are kept, but no search finds them until they are embedded as texts."""
     assert await search(running.client, "the first query") == []
-    [(text, _)] = await search(running.client, "the second query")
-    assert text == "the first query"
+    assert await search(running.client, "the second query") == []
     assert await list_all(running.client, STRINGS) == ["the first query", "the second query"]
+    assert (await embed(running.client, "the first query")).headers["x-embedding-source"] == "memory"
+    assert [text for text, _ in await search(running.client, "the second query")] == ["the first query"]
 
 
 async def test_search_names_each_text_once_however_often_it_was_sent(running: RunningApplication) -> None:

@@ -75,17 +75,28 @@ def test_memory_of_zero_bytes_keeps_nothing() -> None:
     assert (cache.get(make_key("a")), len(cache), cache.n_bytes) == (None, 0, 0)
 
 
-def test_forgotten_text_is_gone_under_every_model_and_recipe() -> None:
+def test_forgotten_rows_are_gone_under_every_key() -> None:
     """Others stay, and the bytes are given back."""
     cache = make_room_for(9)
     for model in ("m", "n"):
         for recipe in ("r", "s"):
             cache.put(make_key("a", model, recipe), make_embedding(1))
     cache.put(make_key("b"), make_embedding(2))
-    cache.discard_text("a")
-    cache.discard_text("never there")
+    cache.discard_rows({1, 77})
     assert (len(cache), cache.n_bytes) == (1, 40 + OVERHEAD_IN_BYTES)
     assert cache.get(make_key("b")) is not None
+
+
+def test_newer_description_replaces_that_of_the_same_row_only() -> None:
+    """What is not remembered, or is another row by now, is left alone."""
+    cache = make_room_for(3)
+    cache.put(make_key("a"), make_embedding(1))
+    newer = make_embedding(1)
+    cache.replace(make_key("a"), newer)
+    cache.replace(make_key("a"), make_embedding(2))
+    cache.replace(make_key("b"), make_embedding(1))
+    assert cache.get(make_key("a")) is newer
+    assert (cache.get(make_key("b")), len(cache), cache.n_bytes) == (None, 1, 40 + OVERHEAD_IN_BYTES)
 
 
 KEYS = st.sampled_from("abcdefgh")
@@ -104,7 +115,7 @@ def test_memory_behaves_like_an_ordered_dictionary_with_a_scale(actions: list[tu
     expected: OrderedDict[str, int] = OrderedDict()
     for action, name, n_dims in actions:
         if action == "put":
-            cache.put(make_key(name), make_embedding(0, n_dims))
+            cache.put(make_key(name), make_embedding(ord(name), n_dims))
             expected.setdefault(name, 4 * n_dims + OVERHEAD_IN_BYTES)
             while sum(expected.values()) > max_bytes:
                 expected.popitem(last=False)
@@ -113,6 +124,6 @@ def test_memory_behaves_like_an_ordered_dictionary_with_a_scale(actions: list[tu
             if name in expected:
                 expected.move_to_end(name)
         else:
-            cache.discard_text(name)
+            cache.discard_rows({ord(name)})
             expected.pop(name, None)
         assert (len(cache), cache.n_bytes) == (len(expected), sum(expected.values()))

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from embeddings_data_models import (
 from llama_embeddings.errors import InvalidInput, ShuttingDown, Unavailable
 from llama_embeddings.storage.engine import MAX_LIST_LENGTH
 from llama_embeddings.storage.store import EmbeddingStore
+from llama_embeddings.storage.writes import Removal
 
 MODEL, RECIPE, SEGMENTATION = "all-MiniLM-L6-v2", "0123456789abcdef", "sentences-1"
 STAMP = RequestStamp("203.0.113.7", datetime(2024, 5, 17, 12, 0, 0, 250_000, tzinfo=UTC))
@@ -61,6 +63,14 @@ def make_embedding(text: str, model_name: str = MODEL, recipe: str = RECIPE) -> 
     return NewEmbedding(text, compute_text_hash(text), model_name, recipe, vector, 5, 1, STAMP, RESPONSE_TIME)
 
 
+def make_sentence(text: str) -> NewEmbedding:
+    return replace(make_embedding(text), collection=None)
+
+
+def make_query(text: str) -> NewEmbedding:
+    return replace(make_embedding(text), collection=None, is_searchable=False)
+
+
 def make_bundle(text: str, tokens: Sequence[str]) -> NewTokenLevelBundle:
     matrix = np.arange(len(tokens) * N_DIMS, dtype=np.float32).reshape(len(tokens), N_DIMS) / 7
     return NewTokenLevelBundle(
@@ -78,7 +88,7 @@ def make_bundle(text: str, tokens: Sequence[str]) -> NewTokenLevelBundle:
 
 
 async def add_document(store: EmbeddingStore, filename: str, texts: Sequence[str]) -> NewDocument:
-    row_ids = await store.add_embeddings([make_embedding(text) for text in texts])
+    row_ids = await store.add_embeddings([make_sentence(text) for text in texts])
     sentences = tuple(Sentence(text, 1 + i // 2, 10 * i, 10 * i + 9) for i, text in enumerate(texts))
     document = NewDocument(
         filename,
@@ -115,7 +125,7 @@ def recorded_reads(store: EmbeddingStore) -> Iterator[list[tuple[str, Any]]]:
         if not statement.startswith("PRAGMA"):
             seen.append((statement, parameters))
 
-    engines = (store._readers.sync_engine, store._lookups)
+    engines = (store._readers.sync_engine, store._lookups, store._searches)
     for engine in engines:
         event.listen(engine, "before_cursor_execute", record)
     yield seen
@@ -200,7 +210,7 @@ async def test_ids_of_one_call_follow_model_and_recipe(store: EmbeddingStore) ->
 async def test_id_of_a_deleted_row_is_never_given_out_again(store: EmbeddingStore) -> None:
     """An index that still knows the old id cannot take another text for it."""
     [old] = await store.add_embeddings([make_embedding("a")])
-    assert await store.delete_text("a") == [(MODEL, RECIPE, old)]
+    assert (await store.delete_text("a")).rows == [(MODEL, RECIPE, old)]
     [new] = await store.add_embeddings([make_embedding("b")])
     assert new > old
 
@@ -397,11 +407,13 @@ async def test_forgotten_text_is_gone_under_every_model(store: EmbeddingStore, p
     ids = await store.add_embeddings([make_embedding("a", model) for model in ("m1", "m2")])
     [kept] = await store.add_embeddings([make_embedding("b")])
     await store.add_token_level_bundle(make_bundle("a", ["a"]))
-    assert sorted(await store.delete_text("a")) == [("m1", RECIPE, ids[0]), ("m2", RECIPE, ids[1])]
+    removal = await store.delete_text("a")
+    assert sorted(removal.rows) == [("m1", RECIPE, ids[0]), ("m2", RECIPE, ids[1])]
+    assert removal.n_bundles == 1
     assert await store.texts_of_rows([*ids, kept]) == {kept: "b"}
     for table in ("token_level_embedding_bundles", "token_level_embeddings"):
         assert query(path, f"SELECT * FROM {table}") == []
-    assert await store.delete_text("a") == []
+    assert await store.delete_text("a") == Removal([])
 
 
 async def test_forgotten_text_is_overwritten_in_the_file(store: EmbeddingStore, path: Path) -> None:
@@ -418,23 +430,23 @@ async def test_forgotten_document_takes_only_its_own_sentences(store: EmbeddingS
     await store.add_embeddings([make_embedding("Nobody's.")])
     first = await add_document(store, "first.txt", ["Only first.", "Shared."])
     second = await add_document(store, "second.txt", ["Shared.", "Only second."])
-    assert await store.delete_document("first.txt") == [(MODEL, RECIPE, first.embedding_row_ids[0])]
+    assert (await store.delete_document("first.txt")).rows == [(MODEL, RECIPE, first.embedding_row_ids[0])]
     assert await find(store, first) is None
     assert (await find(store, second)).sentences == second.sentences
-    removed = {row_id for _, _, row_id in await store.delete_document("second.txt")}
+    removed = {row_id for _, _, row_id in (await store.delete_document("second.txt")).rows}
     assert removed == set(second.embedding_row_ids)
     assert await store.list_texts(None, None, 0) == ["Nobody's."]
     assert await store.list_document_filenames(None, None, 0) == []
-    assert await store.delete_document("second.txt") == []
+    assert await store.delete_document("second.txt") == Removal([])
 
 
 async def test_same_sentences_under_two_names_survive_the_first_deletion(store: EmbeddingStore) -> None:
     """The same file, submitted under two names, is two documents."""
     await add_document(store, "a.txt", ["One.", "Two."])
     copy = await add_document(store, "b.txt", ["One.", "Two."])
-    assert await store.delete_document("a.txt") == []
+    assert await store.delete_document("a.txt") == Removal([], n_documents=1)
     assert (await find(store, copy)).sentences == copy.sentences
-    assert len(await store.delete_document("b.txt")) == 2
+    assert len((await store.delete_document("b.txt")).rows) == 2
 
 
 async def test_foreign_keys_hold_after_every_kind_of_delete(store: EmbeddingStore, path: Path) -> None:
@@ -532,7 +544,7 @@ async def test_reads_go_through_indexes(store: EmbeddingStore, path: Path) -> No
         await find(store, document)
         await store.list_texts(None, 10, 0)
         await store.list_texts(MODEL, 10, 0)
-    assert len(seen) == 10
+    assert len(seen) == 11
     with closing(sqlite3.connect(path)) as connection:
         for statement, parameters in seen:
             details = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]

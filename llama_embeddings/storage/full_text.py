@@ -1,0 +1,188 @@
+"""The full-text index over the searchable texts: SQLite's FTS5 with BM25, and how texts and questions are put to it.
+
+FTS5 takes a run of ideographs for one word. Texts in scripts that are written without spaces are therefore given to it
+as overlapping pairs of characters, with the last character of each run once more by itself, so that a single character
+is found as the beginning of a pair wherever it stands. The index holds no texts: what is removed has to be named as it
+was put in, so `segment` must give tomorrow what it gave when a row was added. Change it only with a migration that
+fills the index anew.
+
+Like `engine.py`, particular to SQLite. Neither begins nor ends a transaction, and decides nothing about when the index
+follows the rows: that is `full_text_follower.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from sqlalchemy import Connection, text
+
+MAX_QUERY_TERMS = 128
+# Scoring a row takes some 3 µs. Beyond so many rows, the commonest words of a question are left out, which weigh least.
+MAX_SCORED_ROWS = 30_000
+_HITS_PER_FETCH = 1_000
+
+# Scripts without spaces between words, by code point and not by Unicode's tables: those differ between versions.
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece"  # Thai, Lao
+    "\u1000-\u109f\u1780-\u17d3"  # Burmese, Khmer
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # ideographs
+    "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3"  # hangul, where particles stick to the words
+)
+_UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
+
+_READ_NEXT = text(
+    "SELECT id, text, collection_id IS NOT NULL FROM embeddings WHERE id > :last_row_id ORDER BY id LIMIT :limit"
+)
+_READ_PROGRESS = text("SELECT last_row_id FROM full_text_progress")
+_WRITE_PROGRESS = text("UPDATE full_text_progress SET last_row_id = :last_row_id")
+_INSERT = text("INSERT INTO full_text (rowid, text) VALUES (:row_id, :text)")
+_REMOVE = text("INSERT INTO full_text (full_text, rowid, text) VALUES ('delete', :row_id, :text)")
+_COUNT_ROWS = text("SELECT count(*) FROM (SELECT 1 FROM full_text_docsize LIMIT :limit)")
+_COUNT_MATCHES = text("SELECT count(*) FROM (SELECT 1 FROM full_text WHERE full_text MATCH :query LIMIT :limit)")
+_SEARCH = text(
+    "SELECT id, score FROM"
+    " (SELECT rowid AS id, -rank AS score FROM full_text WHERE full_text MATCH :query LIMIT :limit)"
+    " ORDER BY score DESC, id"
+)
+
+# int64 row ids to whether each may be returned.
+Filter = Callable[[np.ndarray], np.ndarray]
+
+
+def segment(text: str) -> str:
+    """A text as FTS5 is given it: runs of unspaced scripts as pairs of characters, the rest as it is."""
+    return text if text.isascii() else _UNSPACED_RUN.sub(_pair_characters, text)
+
+
+def _pair_characters(run: re.Match[str]) -> str:
+    characters = run[0]
+    pairs = (characters[start : start + 2] for start in range(len(characters) - 1))
+    return f" {' '.join((*pairs, characters[-1]))} "
+
+
+def list_query_terms(query: str) -> list[str]:
+    """The words of any string as FTS5 expressions, each once, at most MAX_QUERY_TERMS.
+
+    Each word is quoted, so that nothing in it is an operator; a single character of an unspaced script asks for the
+    pairs that begin with it. Pairs of a run are asked for, not the single character behind them.
+    """
+    terms: dict[str, None] = {}
+    for word in _split_words(query):
+        if len(terms) == MAX_QUERY_TERMS:
+            break
+        is_single = len(word) == 1 and _UNSPACED_RUN.match(word)
+        terms[f'"{word}"*' if is_single else f'"{word}"'] = None
+    return list(terms)
+
+
+def _split_words(query: str) -> Iterator[str]:
+    storable = query.encode("utf-8", "replace").decode()  # without lone surrogates
+    for word in "".join(map(_blank_unless_in_a_word, storable)).split():
+        position = 0
+        for run in _UNSPACED_RUN.finditer(word):
+            if run.start() > position:
+                yield word[position : run.start()]
+            characters = run[0]
+            yield from (characters[start : start + 2] for start in range(max(1, len(characters) - 1)))
+            position = run.end()
+        if position < len(word):
+            yield word[position:]
+
+
+def _blank_unless_in_a_word(character: str) -> str:
+    is_in_a_word = character.isalnum() or unicodedata.category(character)[0] == "M"
+    return character if is_in_a_word else " "
+
+
+# --- following the rows; each is a write ---
+
+
+def index_next(connection: Connection, limits: Sequence[int]) -> list[int]:
+    """Take in the next rows, at most so many; answers the id up to which the index has come."""
+    return [_index_next(connection, limit) for limit in limits]
+
+
+def _index_next(connection: Connection, limit: int) -> int:
+    last_row_id: int = connection.execute(_READ_PROGRESS).scalar_one()
+    rows = connection.execute(_READ_NEXT, {"last_row_id": last_row_id, "limit": limit}).all()
+    if not rows:
+        return last_row_id
+    _insert(connection, [(row_id, text) for row_id, text, is_searchable in rows if is_searchable])
+    connection.execute(_WRITE_PROGRESS, {"last_row_id": rows[-1][0]})
+    return int(rows[-1][0])
+
+
+def add_rows(connection: Connection, rows: Sequence[tuple[int, str]]) -> None:
+    """Take in rows that have become searchable; those that the index has not come to yet are left to it."""
+    last_row_id = connection.execute(_READ_PROGRESS).scalar_one()
+    _insert(connection, [row for row in rows if row[0] <= last_row_id])
+
+
+def remove_rows(connection: Connection, rows: Sequence[tuple[int, str]]) -> None:
+    """Take out searchable rows, with the texts that they were put in with."""
+    last_row_id = connection.execute(_READ_PROGRESS).scalar_one()
+    known = [row for row in rows if row[0] <= last_row_id]
+    if known:
+        connection.execute(_REMOVE, _describe(known))
+
+
+def _insert(connection: Connection, rows: Sequence[tuple[int, str]]) -> None:
+    if rows:
+        connection.execute(_INSERT, _describe(rows))
+
+
+def _describe(rows: Sequence[tuple[int, str]]) -> list[dict[str, object]]:
+    return [{"row_id": row_id, "text": segment(text)} for row_id, text in rows]
+
+
+# --- searching ---
+
+
+def search(connection: Connection, query: str, *, limit: int, is_wanted: Filter | None) -> list[tuple[int, float]]:
+    """Row ids and BM25 scores of the rows with any word of the query, best first.
+
+    `is_wanted` is asked before the `limit` is counted. No word in the query: nothing is found.
+    """
+    terms = _choose_terms(connection, list_query_terms(query))
+    if not terms or limit <= 0:
+        return []
+    found: list[tuple[int, float]] = []
+    parameters = {"query": " OR ".join(terms), "limit": 4 * MAX_SCORED_ROWS}
+    with connection.execute(_SEARCH, parameters) as result:
+        for hits in result.partitions(min(limit, _HITS_PER_FETCH) if is_wanted is None else _HITS_PER_FETCH):
+            found.extend(_filter_hits(hits, is_wanted))
+            if len(found) >= limit:
+                break
+    return found[:limit]
+
+
+def _filter_hits(hits: Sequence[Sequence[object]], is_wanted: Filter | None) -> list[tuple[int, float]]:
+    pairs = [(row_id, score) for row_id, score in hits]
+    if is_wanted is None:
+        return pairs  # type: ignore[return-value]
+    wanted = is_wanted(np.array([row_id for row_id, _ in pairs], np.int64))
+    return [pair for pair, is_kept in zip(pairs, wanted.tolist(), strict=True) if is_kept]  # type: ignore[misc]
+
+
+def _choose_terms(connection: Connection, terms: Sequence[str]) -> list[str]:
+    """The rarest terms whose rows together are few enough to be scored; at least one."""
+    if not terms or _count(connection, _COUNT_ROWS, {}) <= MAX_SCORED_ROWS:
+        return list(terms)
+    counts = {term: _count(connection, _COUNT_MATCHES, {"query": term}) for term in terms}
+    chosen: list[str] = []
+    n_rows = 0
+    for term in sorted((term for term in terms if counts[term]), key=counts.__getitem__):
+        n_rows += counts[term]
+        if chosen and n_rows > MAX_SCORED_ROWS:
+            break
+        chosen.append(term)
+    return chosen
+
+
+def _count(connection: Connection, statement: object, parameters: dict[str, str]) -> int:
+    """How many, as far as it matters."""
+    return int(connection.execute(statement, {**parameters, "limit": MAX_SCORED_ROWS + 1}).scalar_one())  # type: ignore[call-overload]
