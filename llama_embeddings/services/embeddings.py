@@ -219,9 +219,7 @@ class EmbeddingService:
         """Take out again what was deleted while it was put into memory and index."""
         if forgotten:
             self._memory.discard_rows(forgotten)
-            await self._indexing.remove(
-                [(task.model_name, task.recipe.family, row_id) for row_id in sorted(forgotten)]
-            )
+            await self._indexing.remove([(task.model_name, task.recipe.family, row_id) for row_id in sorted(forgotten)])
 
     async def _find_or_compute(self, flight: Flight[_FlightKey, _Outcome], texts: dict[str, str], task: _Task) -> dict:
         wanted = {key[0]: texts[key[0]] for key in flight.keys}
