@@ -28,7 +28,7 @@ help:
 	@echo 'make run          make the environment, install what is needed, serve in the foreground'
 	@echo 'make test         every check and every test'
 	@echo 'make bench        measure this machine'
-	@echo 'make docs         remake the tables of README.md and .env from the code'
+	@echo 'make docs         remake the tables of README.md, .env and docs/openapi.json from the code'
 	@echo 'make lock         remake requirements.txt and requirements-dev.txt from their .in files'
 	@echo '                  (LOCK_OPTIONS=--upgrade also takes newer versions of what they need)'
 	@echo 'make test-docker  run the steps of the Dockerfile in a clean Debian root (root, debootstrap, 15 minutes)'

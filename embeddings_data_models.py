@@ -470,6 +470,16 @@ class StoredEmbedding:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenisedText:
+    """A text's tokens. `spans` are bytes of its UTF-8, None for special tokens and where that cannot be told."""
+
+    ids: list[int]
+    texts: list[str]
+    spans: list[tuple[int, int] | None]
+    is_special: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class NewTokenLevelBundle:
     """All token embeddings of one text. `matrix`: float32 (n_tokens, n_dims); `feature_vector`: float32 (4 n_dims,)."""
 

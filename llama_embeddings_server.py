@@ -22,13 +22,27 @@ from pathlib import Path
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import similarity_measures
 from embeddings_data_models import Truncation
 from llama_embeddings import observability
-from llama_embeddings.api import health, laboratory, native, openai, pages
+from llama_embeddings.api import (
+    cohere,
+    health,
+    laboratory,
+    llama_cpp_server,
+    native,
+    ollama,
+    openai,
+    pages,
+    shared_routes,
+    small_services,
+    tei,
+)
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
+from llama_embeddings.api.replies import EXPOSED_HEADERS
 from llama_embeddings.api.security import RequireToken, describe_security
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
@@ -45,11 +59,13 @@ from llama_embeddings.services.indexing import IndexService, TextVectors
 from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.rerank import RerankMethod, RerankService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.similarity_scales import SimilarityScales
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+from llama_embeddings.services.tokenization import TokenizationService, read_token_table
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
@@ -101,12 +117,24 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     app.state.ready_timeout_seconds = settings.ready_timeout_seconds
     app.add_middleware(BodyLimit, max_bytes=int(settings.max_request_size_in_mb * MEGABYTE))
     app.add_middleware(RequireToken, token=find_security_token(settings))
+    origins = settings.allowed_origins()
+    if origins:
+        # Outside of the door, as browsers ask without a token whether they may come with one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=EXPOSED_HEADERS,
+        )
     app.add_middleware(RequestContext)
     install_error_handlers(app)
     # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
     app.include_router(native.router)
     app.include_router(laboratory.router)
+    for dialect in (tei, ollama, cohere, shared_routes, llama_cpp_server, small_services):
+        app.include_router(dialect.router)
     app.include_router(health.router)
     app.include_router(pages.router)
     pages.mount_static_files(app)
@@ -241,7 +269,24 @@ def make_services(
             painter,
             max_cells=settings.max_similarity_matrix_cells,
         ),
+        rerank=RerankService(
+            models,
+            embeddings,
+            token_embeddings,
+            limits=limits,
+            default_truncation=truncation,
+            method=RerankMethod(settings.rerank_method),
+        ),
+        tokenization=TokenizationService(models, limits=limits, table=open_token_table(settings)),
+        limits=limits,
+        default_truncation=truncation,
+        max_texts_in_flight=settings.max_concurrent_parallel_inference_tasks,
     )
+
+
+def open_token_table(settings: Settings) -> dict[int, bytes] | None:
+    """The vocabulary that clients send ids of, where the settings name one."""
+    return read_token_table(Path(settings.cl100k_table_path)) if settings.cl100k_table_path else None
 
 
 def find_security_token(settings: Settings) -> str | None:

@@ -1,4 +1,4 @@
-"""Remakes what README.md and .env say from the code: `python docs/remake_tables.py` (or `make docs`).
+"""Remakes what README.md, .env and docs/openapi.json say from the code: `python docs/remake_tables.py` or `make docs`.
 
 README's tables stand between `<!-- begin NAME -->` and `<!-- end NAME -->`. `tests/contracts/test_docs.py` fails when a
 table differs from what the functions here return.
@@ -6,11 +6,14 @@ table differs from what the functions here return.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_DIRECTORY))
@@ -18,7 +21,12 @@ sys.path.insert(0, str(PROJECT_DIRECTORY))
 import similarity_measures  # noqa: E402 - the project is not installed, only put on the path
 from embeddings_data_models import Base  # noqa: E402
 from llama_embeddings.catalogue.entries import ENTRIES  # noqa: E402
-from llama_embeddings.settings import setting_fields  # noqa: E402
+from llama_embeddings.settings import load_settings, setting_fields  # noqa: E402
+from llama_embeddings_server import create_app  # noqa: E402
+
+# Tags of routes that speak somebody else's dialect, in the order of README's table.
+DIALECTS = ("OpenAI", "TEI", "Ollama", "Cohere and Jina", "llama.cpp's server", "Small services")
+OPENAPI_FILE = PROJECT_DIRECTORY / "docs" / "openapi.json"
 
 
 def render_settings_table() -> str:
@@ -57,6 +65,28 @@ def render_catalogue_table() -> str:
     return "\n".join(rows)
 
 
+def describe_api() -> dict[str, Any]:
+    """The OpenAPI document of a server with default settings."""
+    with tempfile.NamedTemporaryFile(suffix=".env") as empty:
+        return create_app(load_settings(Path(empty.name))).openapi()
+
+
+def render_openapi_file() -> str:
+    return json.dumps(describe_api(), indent=1, ensure_ascii=False) + "\n"
+
+
+def render_routes_table() -> str:
+    """Routes of other dialects; the native ones are described one by one."""
+    routes: dict[str, list[str]] = {dialect: [] for dialect in DIALECTS}
+    for path, operations in describe_api()["paths"].items():
+        for method, operation in operations.items():
+            for dialect in set(operation.get("tags", ())) & set(DIALECTS):
+                routes[dialect].append(f"`{method.upper()} {path}`")
+    return "\n".join(
+        ["| dialect | routes |", "|---|---|", *(f"| {name} | {', '.join(found)} |" for name, found in routes.items())]
+    )
+
+
 def render_env_file() -> str:
     lines = [
         "# Every setting with its default. An environment variable of the same name wins over this file.",
@@ -74,6 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "measures": render_measures_table,
     "schema": render_schema_table,
     "catalogue": render_catalogue_table,
+    "routes": render_routes_table,
 }
 
 
@@ -90,6 +121,7 @@ def main() -> None:
     readme = PROJECT_DIRECTORY / "README.md"
     readme.write_text(replace_tables(readme.read_text()))
     (PROJECT_DIRECTORY / ".env").write_text(render_env_file())
+    OPENAPI_FILE.write_text(render_openapi_file())
 
 
 if __name__ == "__main__":

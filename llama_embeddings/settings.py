@@ -164,6 +164,27 @@ class Settings:
     max_request_size_in_mb: float = _setting(
         "MAX_REQUEST_SIZE_IN_MB", 50, _number(float, 0.001), "Largest request body, documents included."
     )
+    rerank_method: str = _setting(
+        "RERANK_METHOD",
+        "cosine",
+        _choice("cosine", "maxsim"),
+        "How an embedding model reranks: by the cosine of the texts' vectors, or by MaxSim over their tokens' vectors, "
+        "which keeps a row per token. Models that are rerankers give their own scores.",
+    )
+    cl100k_table_path: str = _setting(
+        "CL100K_TABLE_PATH",
+        "",
+        _text,
+        "File `cl100k_base.tiktoken`, by which token ids that OpenAI's clients send are read as text. Without it, only "
+        "the model's own ids are taken.",
+    )
+    cors_allowed_origins: str = _setting(
+        "CORS_ALLOWED_ORIGINS",
+        "",
+        _text,
+        "Origins whose web pages may call the server, as `https://host:port` separated by commas, or `*` for all; "
+        "none by default.",
+    )
     minimum_string_length_for_document_embedding: int = _setting(
         "MINIMUM_STRING_LENGTH_FOR_DOCUMENT_EMBEDDING",
         15,
@@ -236,6 +257,7 @@ class Settings:
                 setting="LISTEN_HOST",
             )
         self.aliases()
+        self.allowed_origins()
 
     @property
     def requires_token(self) -> bool:
@@ -250,6 +272,17 @@ class Settings:
                     f"MODEL_ALIASES must hold alias=model pairs, not {pair!r}.", setting="MODEL_ALIASES"
                 )
         return {alias.strip(): model.strip() for alias, model in (pair.split("=") for pair in pairs)}
+
+    def allowed_origins(self) -> list[str]:
+        """CORS_ALLOWED_ORIGINS as a list. Raises ConfigurationError for an entry that is no origin."""
+        origins = [origin.strip() for origin in self.cors_allowed_origins.split(",") if origin.strip()]
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ConfigurationError(
+                    f"CORS_ALLOWED_ORIGINS must hold origins such as https://host:port, not {origin!r}.",
+                    setting="CORS_ALLOWED_ORIGINS",
+                )
+        return origins
 
 
 def is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Failures to HTTP: one table of statuses, one body shape per dialect.
+"""Failures to HTTP: one table of statuses; the bodies are `dialects`' affair.
 
 A class that is not in the table takes the row of its nearest ancestor. A failure that is none of ours is a 500 with its
 request id; what it was goes to the log, not to the caller.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -17,8 +16,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from embeddings_data_models import ErrorResponse
-from llama_embeddings import errors, observability
+from llama_embeddings import errors
+from llama_embeddings.api.dialects import NATIVE, SMALL_SERVICES, Dialect, find_dialect
+from llama_embeddings.api.validation_errors import describe_validation
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ def status_of(error: errors.ServiceError) -> int:
     return next(STATUS_OF_ERROR[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUS_OF_ERROR)
 
 
-def describe_statuses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route declares for Swagger: these statuses answer with ErrorResponse."""
-    return {status: {"model": ErrorResponse, "description": DESCRIPTIONS[status]} for status in statuses}
+def describe_statuses(*statuses: int, dialect: Dialect = NATIVE) -> dict[int | str, dict[str, Any]]:
+    """What a route declares for Swagger: these statuses answer with the dialect's error."""
+    return {status: {"model": dialect.model, "description": DESCRIPTIONS[status]} for status in statuses}
 
 
 DESCRIPTIONS = {
@@ -73,6 +73,8 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _answer_service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ServiceError)
     status = status_of(error)
+    if isinstance(error, errors.ModelNotFound) and find_dialect(request.scope) is SMALL_SERVICES:
+        status = 422  # these services' clients look for the model among what was wrong with the body
     if status >= 500:
         logger.log(logging.WARNING if status == 503 else logging.ERROR, "%s: %s", error.code, error.message)
     return render_error(request, status, error)
@@ -80,23 +82,7 @@ async def _answer_service_error(request: Request, error: Exception) -> Response:
 
 async def _answer_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return render_error(request, 422, _describe_validation(error.errors()))
-
-
-def _describe_validation(problems: Sequence[Any]) -> errors.InvalidInput:
-    """One sentence for all problems; the first one's place. The caller's input is not repeated."""
-    first = problems[0]
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", first["msg"])
-        return errors.InvalidInput(f"The body is not valid JSON: {reason} at character {first['loc'][-1]}.")
-    sentences = []
-    for problem in problems:
-        place = ".".join(str(part) for part in problem["loc"][1:]) or str(problem["loc"][0])
-        sentences.append(f"{place}: {problem['msg']}")
-    index = next((part for part in first["loc"] if isinstance(part, int)), None)
-    # The first name is the parameter; what follows may be the variants of its type that were tried.
-    field = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
-    return errors.InvalidInput("; ".join(sentences), field=field, index=index)
+    return render_error(request, 422, describe_validation(error.errors()), body=error.body)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -116,32 +102,12 @@ async def _answer_unknown(request: Request, error: Exception) -> Response:
     return render_error(request, 500, described)
 
 
-def native_body(status: int, error: errors.ServiceError, code: str) -> dict[str, Any]:
-    """ErrorResponse, as the native endpoints answer."""
-    return {
-        "detail": error.message,
-        "code": code,
-        "field": error.field,
-        "index": error.index,
-        "request_id": observability.request_id.get(),
-    }
-
-
-def openai_body(status: int, error: errors.ServiceError, code: str) -> dict[str, Any]:
-    """OpenAI's envelope; its clients read all four keys, and `param` is the place in the request."""
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    place = error.field if error.index is None else f"{error.field}[{error.index}]"
-    return {"error": {"message": error.message, "type": kind, "param": place, "code": code}}
-
-
-# By the beginning of the path; all other paths answer natively.
-BODY_OF_DIALECT: dict[str, Callable[[int, errors.ServiceError, str], dict[str, Any]]] = {"/v1/": openai_body}
-
-
-def render_error(request: Request, status: int, error: errors.ServiceError, *, code: str | None = None) -> Response:
-    """The body in the dialect of the route, with the headers that the status calls for."""
-    body = next((body for prefix, body in BODY_OF_DIALECT.items() if request.url.path.startswith(prefix)), native_body)
-    content = body(status, error, code or error.code)
+def render_error(
+    request: Request, status: int, error: errors.ServiceError, *, code: str | None = None, body: Any = None
+) -> Response:
+    """The body in the dialect of the request, with the headers that the status calls for."""
+    dialect = find_dialect(request.scope, body)
+    content = dialect.body(status, error, code or error.code)
     headers: dict[str, str] = {}
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_seconds)))

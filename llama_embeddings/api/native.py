@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query, UploadFile
 from fastapi.responses import Response
 
@@ -43,8 +42,8 @@ from llama_embeddings.api.dependencies import (
     Stamp,
 )
 from llama_embeddings.api.error_responses import describe_statuses
-from llama_embeddings.services.downloads import Download, render_document, render_token_level_bundle
-from llama_embeddings.services.embeddings import EmbeddingAnswer
+from llama_embeddings.api.replies import describe_answers, render_download, render_json
+from llama_embeddings.services.downloads import render_document, render_token_level_bundle
 from llama_embeddings.services.search import SearchHit
 
 router = APIRouter()
@@ -289,25 +288,3 @@ async def add_new_model(request: AddModelRequest, services: CurrentServices) -> 
 async def clear_ramdisk(services: CurrentServices) -> MessageResponse:
     """Remove the models from the RAM disk and unmount it; loaded models go on answering."""
     return MessageResponse(message=await services.models.clear_ramdisk())
-
-
-def render_json(content: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    """JSON with float32 arrays written as they are, in the shortest digits that give the same float32."""
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(body, media_type="application/json", headers=headers)
-
-
-def render_download(download: Download, headers: dict[str, str] | None = None) -> Response:
-    return Response(download.content, media_type=download.media_type, headers={**download.headers, **(headers or {})})
-
-
-def describe_answers(answers: Sequence[EmbeddingAnswer]) -> dict[str, str]:
-    """Headers: tokens used and dropped, where the answers came from, time in the queue and in the engine."""
-    sources = sorted({str(answer.source) for answer in answers})
-    return {
-        "x-tokens-used": str(sum(answer.embedding.n_tokens for answer in answers)),
-        "x-tokens-dropped": str(sum(answer.embedding.n_tokens_dropped for answer in answers)),
-        "x-embedding-source": ",".join(sources),
-        "x-queue-seconds": f"{max(answer.queue_seconds for answer in answers):.6f}",
-        "x-compute-seconds": f"{sum(answer.compute_seconds for answer in answers):.6f}",
-    }

@@ -6,34 +6,34 @@ Python float. A reply never holds floats where base64 was asked for: some client
 
 from __future__ import annotations
 
-import base64
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from llama_embeddings.api.dependencies import CurrentServices, stamp_connection
+from llama_embeddings.api.dialects import OPENAI
 from llama_embeddings.api.error_responses import describe_statuses
-from llama_embeddings.api.native import describe_answers, render_json
+from llama_embeddings.api.replies import count_tokens, describe_answers, encode_base64, render_json, shorten
 from llama_embeddings.errors import InvalidInput
 from llama_embeddings.services.models import ModelService
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-REFUSAL_OF_NUMBERS = (
-    "Token ids are not taken: they belong to another model's vocabulary. Send strings; LangChain's OpenAIEmbeddings "
-    "does so with check_embedding_ctx_length=False."
-)
+TokenIds = list[Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]]
 
 
 class OpenAIEmbeddingRequest(BaseModel):
-    input: str | list[str] | list[int] | list[list[int]] = Field(examples=[["I feel extremely chilly"]])
+    input: str | list[str] | TokenIds | list[TokenIds] = Field(
+        description="A text or several. Token ids are taken where they are the model's own beyond doubt.",
+        examples=[["I feel extremely chilly"]],
+    )
     model: str | None = Field(None, examples=["all-MiniLM-L6-v2"])
     encoding_format: Literal["float", "base64"] = Field("float", examples=["float"])
     dimensions: int | None = Field(None, ge=1, description="Keep so many dimensions, scaled to unit length again.")
-    user: str | None = None
+    user: str | None = Field(None, description="Taken and ignored.")
 
 
 class OpenAIEmbedding(BaseModel):
@@ -69,20 +69,24 @@ class OpenAIModelList(BaseModel):
 @router.post(
     "/embeddings",
     response_model=OpenAIEmbeddingResponse,
-    responses=describe_statuses(400, 401, 404, 413, 422, 429, 500, 503),
+    responses=describe_statuses(400, 401, 404, 413, 422, 429, 500, 502, 503, dialect=OPENAI),
 )
 async def create_embeddings(body: OpenAIEmbeddingRequest, request: Request, services: CurrentServices) -> Response:
     """Embeddings of one or many strings."""
+    given = split_inputs(body.input, field="input")
     answers = await services.embeddings.get_or_compute(
-        read_input(body.input), model_name=body.model, stamp=stamp_connection(request), field="input"
+        await services.tokenization.read_inputs(given, model_name=body.model, field="input"),
+        model_name=body.model,
+        stamp=stamp_connection(request),
+        field="input",
     )
-    vectors = [shorten(answer.vector, body.dimensions) for answer in answers]
     encode = encode_base64 if body.encoding_format == "base64" else np.ascontiguousarray
-    n_tokens = sum(answer.embedding.n_tokens for answer in answers)
+    n_tokens = count_tokens(answers)
     content = {
         "object": "list",
         "data": [
-            {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
+            {"object": "embedding", "index": index, "embedding": encode(shorten(answer.vector, body.dimensions))}
+            for index, answer in enumerate(answers)
         ],
         "model": body.model or services.models.resolve(None),
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
@@ -90,13 +94,13 @@ async def create_embeddings(body: OpenAIEmbeddingRequest, request: Request, serv
     return render_json(content, describe_answers(answers))
 
 
-@router.get("/models", responses=describe_statuses(401))
+@router.get("/models", responses=describe_statuses(401, 500, dialect=OPENAI))
 async def list_models(services: CurrentServices) -> OpenAIModelList:
     """The models that can be asked for, and their aliases."""
     return OpenAIModelList(data=[_describe(services.models, name) for name in services.models.names_and_aliases()])
 
 
-@router.get("/models/{model:path}", responses=describe_statuses(401, 404))
+@router.get("/models/{model:path}", responses=describe_statuses(401, 404, 422, 500, 502, 503, dialect=OPENAI))
 async def retrieve_model(model: str, services: CurrentServices) -> OpenAIModel:
     """One model."""
     await services.models.check_known(model)
@@ -107,28 +111,10 @@ def _describe(models: ModelService, name: str) -> OpenAIModel:
     return OpenAIModel(id=name, created=models.created(name), owned_by="local")
 
 
-def read_input(given: str | list[str] | list[int] | list[list[int]]) -> list[str]:
-    """The texts of a request. Raises InvalidInput for none at all and for token ids."""
+def split_inputs(given: str | list[str] | TokenIds | list[TokenIds] | list[str | TokenIds], *, field: str) -> list:
+    """A list with one string or one list of token ids per text. Raises InvalidInput for none at all."""
     if isinstance(given, str):
         return [given]
     if not given:
-        raise InvalidInput("The list of inputs is empty; send at least one string.", field="input")
-    texts = [item for item in given if isinstance(item, str)]
-    if len(texts) < len(given):
-        raise InvalidInput(REFUSAL_OF_NUMBERS, field="input")
-    return texts
-
-
-def shorten(vector: np.ndarray, n_dims: int | None) -> np.ndarray:
-    """The first `n_dims` of float32 (n_dims,), scaled to unit length again. Raises InvalidInput if it has fewer."""
-    if n_dims is None or n_dims == len(vector):
-        return vector
-    if n_dims > len(vector):
-        raise InvalidInput(f"The model has {len(vector)} dimensions, {n_dims} were asked for.", field="dimensions")
-    kept = vector[:n_dims]
-    return kept / np.linalg.norm(kept)
-
-
-def encode_base64(vector: np.ndarray) -> str:
-    """Little-endian float32 bytes in base64."""
-    return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode("ascii")
+        raise InvalidInput("The list of inputs is empty; send at least one string.", field=field)
+    return [given] if isinstance(given[0], int) else given

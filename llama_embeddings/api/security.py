@@ -32,7 +32,7 @@ class RequireToken:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._token is not None and scope["type"] == "http" and not is_open(scope["path"]):
+        if self._token is not None and scope["type"] == "http" and not is_open(scope["path"], scope["method"]):
             request = Request(scope)
             refusal = find_refusal(find_token(request), self._token)
             if refusal is not None:
@@ -67,13 +67,15 @@ def describe_security(app: FastAPI) -> None:
         description = describe()
         description.setdefault("components", {})["securitySchemes"] = SECURITY_SCHEMES
         for path, operations in description["paths"].items():
-            for operation in operations.values():
-                operation["security"] = [] if is_open(path) else [{name: []} for name in SECURITY_SCHEMES]
+            for method, operation in operations.items():
+                operation["security"] = (
+                    [] if is_open(path, method.upper()) else [{name: []} for name in SECURITY_SCHEMES]
+                )
         return description
 
     app.openapi = describe_with_security  # type: ignore[method-assign]
 
 
-def is_open(path: str) -> bool:
-    """Whether a path answers without a token."""
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+def is_open(path: str, method: str = "GET") -> bool:
+    """Whether a path answers without a token; what is open is only read."""
+    return method in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIXES))

@@ -47,11 +47,26 @@ class ModelInfo:
     digest: str
     size_in_bytes: int
     warnings: tuple[str, ...] = ()
+    scores_are_probabilities: bool = False
+    """Whether a reranker's score lies in [0, 1] as the model gives it, so that no sigmoid is due."""
 
     @property
     def room_for_text(self) -> int:
         """Tokens of a text that fit beside the special ones."""
         return self.window - len(self.prefix_tokens) - len(self.suffix_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class PairFrame:
+    """Token ids, int32 (n,), before and after a document whose answer to one query is scored.
+
+    `lead` and `trail` are what stands between them and the document's own characters, to be tokenised with it.
+    """
+
+    head: np.ndarray
+    tail: np.ndarray
+    lead: str = ""
+    trail: str = ""
 
 
 class Context(Protocol):
@@ -85,7 +100,17 @@ class LoadedModel(Protocol):
         """What each token stands for, as readable text."""
         ...
 
-    def detokenize(self, tokens: Sequence[int]) -> str: ...
+    def token_spans(self, text: str) -> list[tuple[int, int] | None]:
+        """Where each token of `tokenize(text)` stands, in bytes of UTF-8; None where that cannot be told."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids of the vocabulary, special tokens left out."""
+        ...
+
+    def frame_query(self, query: str) -> PairFrame:
+        """What a reranker reads around a document to score it against `query`."""
+        ...
 
     def open_context(self) -> Context: ...
 

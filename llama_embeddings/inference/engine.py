@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embeddings_data_models import Truncation
+from embeddings_data_models import TokenisedText, Truncation
 from llama_embeddings.errors import ContextLengthExceeded, InferenceFailed, InvalidInput, ServiceError
-from llama_embeddings.inference.backend import LoadedModel, ModelInfo, Pooling
+from llama_embeddings.inference.backend import LoadedModel, ModelInfo, PairFrame, Pooling
 from llama_embeddings.inference.batcher import Batcher, BatcherLimits, Job, JobResult
 from llama_embeddings.inference.pooling import combine_parts, normalise
 
@@ -53,6 +53,17 @@ class EngineResult:
     compute_seconds: float
     tokens: tuple[str, ...] = ()
     rows: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """A reranker's own number for one document, unbounded unless the model gives probabilities."""
+
+    score: float
+    n_tokens: int
+    n_tokens_dropped: int
+    queue_seconds: float
+    compute_seconds: float
 
 
 class EmbeddingEngine:
@@ -110,6 +121,89 @@ class EmbeddingEngine:
         tokens = self._dress(self._model.tokenize(text))
         return tokens.tolist(), self._model.token_texts(tokens)
 
+    async def describe_tokens(self, texts: Sequence[str], *, adds_special: bool) -> list[TokenisedText]:
+        """The tokens of texts of any length."""
+        if sum(map(len, texts)) > MAX_CHARACTERS_TOKENISED_INLINE:
+            return await asyncio.to_thread(self._describe_all, texts, adds_special)
+        return self._describe_all(texts, adds_special)
+
+    def _describe_all(self, texts: Sequence[str], adds_special: bool) -> list[TokenisedText]:
+        return [self._describe_tokens(text, adds_special) for text in texts]
+
+    def _describe_tokens(self, text: str, adds_special: bool) -> TokenisedText:
+        body = self._model.tokenize(text)
+        spans = self._model.token_spans(text)
+        if not adds_special:
+            return TokenisedText(body.tolist(), self._model.token_texts(body), spans, [False] * len(body))
+        n_before, n_after = len(self.info.prefix_tokens), len(self.info.suffix_tokens)
+        tokens = self._dress(body)
+        return TokenisedText(
+            tokens.tolist(),
+            self._model.token_texts(tokens),
+            [None] * n_before + spans + [None] * n_after,
+            [True] * n_before + [False] * len(body) + [True] * n_after,
+        )
+
+    def decode(self, tokens: Sequence[int], *, skips_special: bool) -> str:
+        """The text that token ids stand for. Raises InvalidInput for one that is not in the vocabulary."""
+        n_known = self.info.n_vocabulary
+        # llama.cpp ends the process for an id that it does not know.
+        strange = next((token for token in tokens if not 0 <= token < n_known), None)
+        if strange is not None:
+            raise InvalidInput(
+                f"The token id {strange} is not in the vocabulary of {self.info.name!r}, which has {n_known} tokens."
+            )
+        if skips_special:
+            return self._model.detokenize(tokens).strip() if len(tokens) else ""
+        return "".join(self._model.token_texts(np.asarray(tokens, dtype=np.int32))).strip()
+
+    def read_own_ids(self, tokens: Sequence[int]) -> str | None:
+        """The text of ids that are this model's beyond doubt; None otherwise.
+
+        They must stand between the model's special tokens, and the text they stand for must have the same tokens:
+        the numbers of another vocabulary are often words of this one, too.
+        """
+        info = self.info
+        n_before, n_after = len(info.prefix_tokens), len(info.suffix_tokens)
+        if n_before + n_after == 0 or not all(0 <= token < info.n_vocabulary for token in tokens):
+            return None
+        text = self._model.detokenize(tokens[n_before : len(tokens) - n_after]).strip()
+        return text if self._dress(self._model.tokenize(text)).tolist() == list(tokens) else None
+
+    async def score_pairs(
+        self, query: str, documents: Sequence[str], truncation: Truncation
+    ) -> list[PairScore | ServiceError]:
+        """How well each document answers the query, by a reranker; one score or one error per document, in order.
+
+        A pair that is longer than the window loses tokens of the document by the rule; a rule that averages parts
+        has no meaning here, and cuts at the right. Raises ContextLengthExceeded, field `query`, if the query alone
+        leaves no room; Overloaded, ShuttingDown.
+        """
+        frame = self._model.frame_query(query)
+        room = self.info.window - len(frame.head) - len(frame.tail)
+        if room < 1:
+            refusal = ContextLengthExceeded(n_tokens=self.info.window - room, limit=self.info.window)
+            raise refusal.located(field="query", index=None)
+        prepared = await asyncio.to_thread(self._prepare_pairs, frame, documents, room, truncation)
+        ready = [text for text in prepared if isinstance(text, PreparedText)]
+        outcomes = iter(await self.batcher.compute([Job(text.parts[0]) for text in ready]))
+        return [_read_score(text, next(outcomes)) if isinstance(text, PreparedText) else text for text in prepared]
+
+    def _prepare_pairs(
+        self, frame: PairFrame, documents: Sequence[str], room: int, truncation: Truncation
+    ) -> list[PreparedText | InvalidInput]:
+        return [self._prepare_pair(frame, document, room, truncation) for document in documents]
+
+    def _prepare_pair(
+        self, frame: PairFrame, document: str, room: int, truncation: Truncation
+    ) -> PreparedText | InvalidInput:
+        body = self._model.tokenize(frame.lead + document + frame.trail)
+        n_over = max(0, len(body) - room)
+        if n_over and truncation is Truncation.REFUSE:
+            return ContextLengthExceeded(n_tokens=self.info.window + n_over, limit=self.info.window)
+        kept = body[n_over:] if truncation is Truncation.LEFT else body[:room]
+        return PreparedText((np.concatenate((frame.head, kept, frame.tail)),), n_over)
+
     async def embed(
         self, texts: Sequence[PreparedText], *, wants_rows: bool = False
     ) -> list[EngineResult | ServiceError]:
@@ -148,6 +242,13 @@ class EmbeddingEngine:
         """Drain the queue, end the threads, free the model. Blocks; call it on a thread."""
         if self.batcher.stop(timeout_seconds=STOP_TIMEOUT_SECONDS):
             self._model.close()
+
+
+def _read_score(text: PreparedText, outcome: JobResult | ServiceError) -> PairScore | ServiceError:
+    if isinstance(outcome, ServiceError):
+        return outcome
+    score = float(outcome.vector[0])
+    return PairScore(score, text.n_tokens, text.n_tokens_dropped, outcome.queue_seconds, outcome.compute_seconds)
 
 
 def _combine_vectors(text: PreparedText, results: Sequence[JobResult]) -> np.ndarray | None:

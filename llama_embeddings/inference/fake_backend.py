@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_embeddings.errors import InferenceFailed
-from llama_embeddings.inference.backend import ModelInfo, Pooling
+from llama_embeddings.inference.backend import ModelInfo, PairFrame, Pooling
 
 OPENING_TOKEN = 256
 CLOSING_TOKEN = 257
@@ -42,6 +42,8 @@ class FakeContext:
             places = np.arange(1, len(sequence) + 1, dtype=np.float32)[:, None]
             whole = (rows * places).mean(axis=0)
             parts.append(rows + np.float32(0.1) * whole)
+        if self._info.pooling is Pooling.RANK:
+            return np.stack([part.mean(axis=0)[:1] for part in parts])
         return np.concatenate(parts)
 
     def close(self) -> None:
@@ -61,6 +63,13 @@ class FakeModel:
     def token_texts(self, tokens: np.ndarray) -> list[str]:
         names = {OPENING_TOKEN: "[CLS]", CLOSING_TOKEN: "[SEP]"}
         return [names.get(int(token)) or bytes([int(token)]).decode("latin-1") for token in tokens]
+
+    def token_spans(self, text: str) -> list[tuple[int, int] | None]:
+        return [(place, place + 1) for place in range(len(text.encode("utf-8")))]
+
+    def frame_query(self, query: str) -> PairFrame:
+        head = np.array([OPENING_TOKEN, *self.tokenize(query), CLOSING_TOKEN], dtype=np.int32)
+        return PairFrame(head, np.array([CLOSING_TOKEN], dtype=np.int32))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < OPENING_TOKEN).decode("utf-8", "replace")

@@ -19,13 +19,14 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_embeddings.errors import InferenceFailed, ModelUnusable
-from llama_embeddings.inference.backend import ModelInfo, Pooling
+from llama_embeddings.inference.backend import ModelInfo, PairFrame, Pooling
 from llama_embeddings.inference.word_piece import WordPieceTokenizer
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ class LlamaModel:
             digest=digest,
             size_in_bytes=llama.llama_model_size(pointer),
             warnings=tuple(warnings),
+            # Their yes and no are put through a softmax by llama.cpp, and the share of yes is the score.
+            scores_are_probabilities=chosen is Pooling.RANK and architecture.startswith("qwen3"),
         )
 
     def _choose_pooling(self, architecture: str, override: Pooling | None) -> tuple[Pooling, list[str]]:
@@ -174,14 +177,14 @@ class LlamaModel:
             strip_accents=self._metadata("tokenizer.ggml.normalizer.strip_accents") != "false",
         )
 
-    def _tokenize(self, text: str, *, add_special: bool) -> np.ndarray:
+    def _tokenize(self, text: str, *, add_special: bool, reads_special: bool = False) -> np.ndarray:
         encoded = text.encode("utf-8")
         capacity = len(encoded) + 8
         while True:
             tokens = np.empty(capacity, dtype=np.int32)
             pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
             count = self._llama.llama_tokenize(
-                self._vocabulary, encoded, len(encoded), pointer, capacity, add_special, False
+                self._vocabulary, encoded, len(encoded), pointer, capacity, add_special, reads_special
             )
             if count >= 0:
                 return tokens[:count].copy()
@@ -200,13 +203,64 @@ class LlamaModel:
         return known
 
     def _read_piece(self, token: int) -> str:
+        return self._read_piece_bytes(token).decode("utf-8", "replace")
+
+    def _read_piece_bytes(self, token: int) -> bytes:
         size = PIECE_BUFFER_SIZE
         while True:
             buffer = ctypes.create_string_buffer(size)
             length = self._llama.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, True)
             if length >= 0:
-                return buffer.raw[:length].decode("utf-8", "replace")
+                return bytes(buffer.raw[:length])
             size = -length
+
+    def token_spans(self, text: str) -> list[tuple[int, int] | None]:
+        """See LoadedModel.token_spans. All are None where the pieces do not add up to the text."""
+        if self._word_piece is not None:
+            return self._word_piece.spans(text)
+        pieces = [self._read_piece_bytes(int(token)) for token in self._tokenize(text, add_special=False)]
+        joined, encoded = b"".join(pieces), text.encode("utf-8")
+        # SentencePiece vocabularies put a space in front of the text that is not in it.
+        n_added = len(joined) - len(encoded)
+        if joined[max(n_added, 0) :] != encoded or n_added not in (0, 1):
+            return [None] * len(pieces)
+        ends = np.cumsum([0, *map(len, pieces)]) - n_added
+        return [(max(0, int(start)), int(end)) for start, end in pairwise(ends)]
+
+    def frame_query(self, query: str) -> PairFrame:
+        """By the template that the file states for pairs, else as the tokenizer's special tokens stand around pairs."""
+        template = self._llama.llama_model_chat_template(self._pointer, b"rerank")
+        if template:
+            return self._fill_template(template.decode("utf-8", "replace"), query)
+        prefix, suffix = self.info.prefix_tokens, self.info.suffix_tokens
+        head = np.concatenate((prefix, self.tokenize(query), suffix, self._pair_separator()))
+        return PairFrame(head.astype(np.int32), np.array(suffix, dtype=np.int32))
+
+    def _pair_separator(self) -> tuple[int, ...]:
+        """What stands between the parts of a pair besides the first one's closing token: RoBERTa's kind doubles it."""
+        llama = self._llama
+        doubles = (llama.LLAMA_VOCAB_TYPE_UGM, llama.LLAMA_VOCAB_TYPE_BPE)
+        is_encoder = not self.info.is_causal and len(self.info.suffix_tokens) == 1
+        if is_encoder and llama.llama_vocab_type(self._vocabulary) in doubles:
+            return self.info.suffix_tokens
+        return ()
+
+    def _fill_template(self, template: str, query: str) -> PairFrame:
+        """Special tokens are read in the template, not in what people send."""
+        before, _, rest = template.partition("{query}")
+        between, _, after = rest.partition("{document}")
+        # White space beside a slot may share a token with what is put into the slot, so it goes with that.
+        opening, question_lead = _split_trailing_space(before)
+        question_trail, middle = _split_leading_space(between)
+        middle, lead = _split_trailing_space(middle)
+        trail, closing = _split_leading_space(after)
+        head = (
+            self._tokenize(opening, add_special=False, reads_special=True),
+            self._tokenize(question_lead + query + question_trail, add_special=False),
+            self._tokenize(middle, add_special=False, reads_special=True),
+        )
+        tail = self._tokenize(closing, add_special=False, reads_special=True)
+        return PairFrame(np.concatenate(head), tail, lead, trail)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""
@@ -229,6 +283,16 @@ class LlamaModel:
         if self._pointer:
             self._llama.llama_model_free(self._pointer)
             self._pointer = None
+
+
+def _split_trailing_space(text: str) -> tuple[str, str]:
+    kept = text.rstrip()
+    return kept, text[len(kept) :]
+
+
+def _split_leading_space(text: str) -> tuple[str, str]:
+    kept = text.lstrip()
+    return text[: len(text) - len(kept)], kept
 
 
 class LlamaContext:

@@ -41,6 +41,12 @@ class WordPieceTokenizer:
         """Token ids, int32 (n,). "[SEP]" in a text is read as the characters it is."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
+    def spans(self, text: str) -> list[tuple[int, int] | None]:
+        """Where each token stands, in bytes of UTF-8."""
+        ends = np.cumsum([0, *(len(character.encode("utf-8")) for character in text)])
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return [(int(ends[start]), int(ends[end])) for start, end in offsets]
+
 
 def _spell_for_word_piece(spelling: str) -> str:
     is_special = len(spelling) > 2 and spelling.startswith("[") and spelling.endswith("]")

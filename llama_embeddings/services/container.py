@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from embeddings_data_models import Truncation
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.rerank import RerankService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+from llama_embeddings.services.tokenization import TokenizationService
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +28,8 @@ class Services:
     documents: DocumentService
     search: SearchService
     similarity: SimilarityService
+    rerank: RerankService
+    tokenization: TokenizationService
+    limits: TextLimits
+    default_truncation: Truncation
+    max_texts_in_flight: int

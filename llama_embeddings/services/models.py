@@ -66,6 +66,10 @@ class ModelService:
             return self._default_model_name
         return self._aliases.get(name, name)
 
+    def prompt(self, name: str | None, input_type: InputType | None) -> str:
+        """What goes in front of a text that plays this part."""
+        return self._catalogue.prompt(self.resolve(name), input_type)
+
     @asynccontextmanager
     async def lease(self, name: str | None) -> AsyncIterator[EmbeddingEngine]:
         """Use a model's engine, loading it first if need be. Raises ModelNotFound, ModelUnusable, ModelLoading."""
@@ -98,6 +102,16 @@ class ModelService:
         loaded = {engine.info.name: engine.info for engine in self._cache.loaded()}
         described = [self._describe(known, loaded.get(known.name)) for known in await self._catalogue.describe()]
         return sorted(described, key=lambda model: (not model.is_default, model.model_name))
+
+    async def describe_one(self, name: str) -> ModelDescription:
+        """A model that is there. Raises ModelNotFound, ModelUnusable, ModelLoading."""
+        resolved = self.resolve(name)
+        await self._catalogue.find(resolved)
+        return next(model for model in await self.describe() if model.model_name == resolved)
+
+    async def digest(self, name: str) -> str:
+        """SHA-256 of a model's file, in hexadecimal. Raises what `check_known` raises."""
+        return (await self._catalogue.find(self.resolve(name))).digest
 
     def _describe(self, known: KnownModel, info: ModelInfo | None) -> ModelDescription:
         entry, summary, download = known.entry, known.summary, known.download

@@ -6,7 +6,13 @@ text, before pooling and normalisation. Kept and found again like the embeddings
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
 from embeddings_data_models import (
+    InputType,
     NewTokenLevelBundle,
     Recipe,
     RequestStamp,
@@ -15,17 +21,19 @@ from embeddings_data_models import (
     compute_combined_feature_vector,
     utc_now,
 )
-from llama_embeddings.errors import InvalidInput
-from llama_embeddings.inference.engine import EngineResult
-from llama_embeddings.services.models import ModelService, raise_refusals
+from llama_embeddings.errors import ServiceError
+from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
+from llama_embeddings.inference.pooling import pool_rows
+from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
-from llama_embeddings.services.texts import TextLimits, check_texts
+from llama_embeddings.services.texts import TextLimits, check_texts, place_of
 from llama_embeddings.storage.store import EmbeddingStore
 
 # What a token-level recipe does instead of pooling and scaling to unit length.
 TOKEN_LEVEL = "tokens"  # noqa: S105 - not a password
 
 _Key = tuple[str, str, str, Truncation]
+_Outcome = StoredTokenLevelBundle | ServiceError
 
 
 class TokenEmbeddingService:
@@ -38,7 +46,7 @@ class TokenEmbeddingService:
         self._models = models
         self._limits = limits
         self._default_truncation = default_truncation
-        self._flights: SingleFlight[_Key, StoredTokenLevelBundle] = SingleFlight()
+        self._flights: SingleFlight[_Key, _Outcome] = SingleFlight()
 
     async def get_or_compute(
         self,
@@ -49,42 +57,107 @@ class TokenEmbeddingService:
         stamp: RequestStamp | None = None,
     ) -> StoredTokenLevelBundle:
         """The token embeddings of a text. Raises what EmbeddingService.get_or_compute raises for one text."""
-        [text_hash] = check_texts([text], self._limits)
+        [bundle] = await self.get_or_compute_all([text], model_name=model_name, truncation=truncation, stamp=stamp)
+        return bundle
+
+    async def get_or_compute_all(
+        self,
+        texts: Sequence[str],
+        *,
+        model_name: str | None = None,
+        truncation: Truncation | None = None,
+        input_type: InputType | None = None,
+        stamp: RequestStamp | None = None,
+        field: str = "text",
+    ) -> list[StoredTokenLevelBundle]:
+        """The token embeddings of all texts, in order; what is not stored is computed together.
+
+        Raises the first text's error with its index, after the others have been computed and kept.
+        """
+        hashes = check_texts(texts, self._limits, field=field)
         chosen = truncation or self._default_truncation
         name = self._models.resolve(model_name)
-        pooled = await self._models.recipe(model_name)
+        pooled = await self._models.recipe(model_name, input_type)
         recipe = Recipe(pooled.model_digest, TOKEN_LEVEL, pooled.prompt, normalisation="none")
-        key = (text_hash, name, recipe.family, chosen)
+        keys = [(text_hash, name, recipe.family, chosen) for text_hash in hashes]
+        wanted = dict(zip(keys, texts, strict=True))
 
-        async def fly(flight: Flight[_Key, StoredTokenLevelBundle]) -> dict[_Key, StoredTokenLevelBundle]:
-            return {key: await self._find_or_compute(text, key, recipe, stamp or RequestStamp(), flight)}
+        async def fly(flight: Flight[_Key, _Outcome]) -> dict[_Key, _Outcome]:
+            mine = {key: wanted[key] for key in flight.keys}
+            return await self._find_or_compute(mine, recipe, stamp or RequestStamp(), flight)
 
-        try:
-            return (await self._flights.run([key], fly))[key]
-        except InvalidInput as error:
-            raise error.located(field="text", index=None) from None
+        outcomes = await self._flights.run(list(wanted), fly)
+        bundles = []
+        for index, key in enumerate(keys):
+            outcome = outcomes[key]
+            if isinstance(outcome, ServiceError):
+                place_name, place = place_of(field, index, len(texts))
+                raise outcome.located(field=place_name, index=place)
+            bundles.append(outcome)
+        return bundles
 
     async def _find_or_compute(
-        self, text: str, key: _Key, recipe: Recipe, stamp: RequestStamp, flight: Flight[_Key, StoredTokenLevelBundle]
-    ) -> StoredTokenLevelBundle:
-        text_hash, name, family, truncation = key
-        found = await self._store.find_token_level_bundle(text_hash, name, family)
-        if found is not None:
-            return found
-        async with self._models.lease(name) as engine:
-            [prepared] = raise_refusals(await engine.prepare([text], truncation))
+        self, texts: dict[_Key, str], recipe: Recipe, stamp: RequestStamp, flight: Flight[_Key, _Outcome]
+    ) -> dict[_Key, _Outcome]:
+        outcomes: dict[_Key, _Outcome] = {}
+        for key in texts:
+            found = await self._store.find_token_level_bundle(*key[:3])
+            if found is not None:
+                outcomes[key] = found
+        missing = {key: text for key, text in texts.items() if key not in outcomes}
+        if missing:
+            async with self._models.lease(next(iter(missing))[1]) as engine:
+                outcomes |= await self._compute(engine, missing, recipe, stamp, flight)
+        return outcomes
+
+    async def _compute(
+        self,
+        engine: EmbeddingEngine,
+        texts: dict[_Key, str],
+        recipe: Recipe,
+        stamp: RequestStamp,
+        flight: Flight[_Key, _Outcome],
+    ) -> dict[_Key, _Outcome]:
+        outcomes: dict[_Key, _Outcome] = {}
+        ready: dict[_Key, PreparedText] = {}
+        truncation = next(iter(texts))[3]
+        cut_family = recipe.for_cut_text(truncation, engine.info.window)
+        prompted = [recipe.prompt + text for text in texts.values()]
+        for key, prepared in zip(texts, await engine.prepare(prompted, truncation), strict=True):
+            if isinstance(prepared, ServiceError):
+                outcomes[key] = prepared
+                continue
+            found = None
             if not prepared.is_whole:
-                family = recipe.for_cut_text(truncation, engine.info.window)
-                found = await self._store.find_token_level_bundle(text_hash, name, family)
-                if found is not None:
-                    return found
-            [result] = raise_refusals(await engine.embed([prepared], wants_rows=True))
-        bundle = _make_bundle(text, text_hash, name, family, result, stamp)
+                found = await self._store.find_token_level_bundle(key[0], key[1], cut_family)
+            if found is None:
+                ready[key] = prepared
+            else:
+                outcomes[key] = found
+        results = dict(zip(ready, await engine.embed(list(ready.values()), wants_rows=True), strict=True))
         flight.make_final()
+        kept = [
+            self._keep(texts[key], key, recipe.family if ready[key].is_whole else cut_family, result, stamp)
+            for key, result in results.items()
+        ]
+        return outcomes | dict(zip(results, await asyncio.gather(*kept), strict=True))
+
+    async def _keep(
+        self, text: str, key: _Key, family: str, result: EngineResult | ServiceError, stamp: RequestStamp
+    ) -> _Outcome:
+        """Commit one bundle."""
+        if isinstance(result, ServiceError):
+            return result
+        bundle = _make_bundle(text, key[0], key[1], family, result, stamp)
         row_id = await self._store.add_token_level_bundle(bundle)
         return StoredTokenLevelBundle(
-            row_id, text_hash, bundle.tokens, bundle.matrix, bundle.feature_vector, bundle.n_tokens_dropped
+            row_id, key[0], bundle.tokens, bundle.matrix, bundle.feature_vector, bundle.n_tokens_dropped
         )
+
+    async def pool(self, bundles: Sequence[StoredTokenLevelBundle], model_name: str | None) -> list[np.ndarray]:
+        """One vector per bundle as the model pools, float32 (n_dims,), not scaled to unit length."""
+        pooling = (await self._models.info(model_name)).pooling
+        return [pool_rows(bundle.matrix, [len(bundle.matrix)], pooling)[0] for bundle in bundles]
 
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""

@@ -195,12 +195,15 @@ async def test_examples_shown_by_swagger_are_accepted(tmp_path: Path) -> None:
         for path, operations in description["paths"].items():
             content = operations.get("post", {}).get("requestBody", {}).get("content", {})
             if "application/json" in content:
-                schema = resolve_schema(description, content["application/json"]["schema"])
-                fields = schema["properties"].items()
-                example = {name: field["examples"][0] for name, field in fields if "examples" in field}
-                response = await running.client.post(path, json=example)
-                assert response.status_code in (200, 202), (path, response.text)
-                tried += 1
+                shown = content["application/json"]["schema"]
+                for variant in shown.get("oneOf", [shown]):  # where two dialects share a path
+                    fields = resolve_schema(description, variant)["properties"].items()
+                    example = {name: field["examples"][0] for name, field in fields if "examples" in field}
+                    if {"ids", "tokens"} & set(example):
+                        continue  # ids of the default model, whose vocabulary the fake engine does not have
+                    response = await running.client.post(path, json=example)
+                    assert response.status_code in (200, 202), (path, response.text)
+                    tried += 1
         assert tried >= 6
 
 

@@ -59,14 +59,18 @@ async def test_every_route_but_the_open_ones_asks_for_the_token(guarded: Running
     routes = set(walk_routes(guarded.app.routes))
     described = (await guarded.client.get("/openapi.json")).json()["paths"]
     assert set(described) <= {path.replace(":path", "") for _, path in routes}
-    guarded_routes = {(method, path) for method, path in routes if path not in OPEN_PATHS and "/static" not in path}
+    guarded_routes = {
+        (method, path)
+        for method, path in routes
+        if (path not in OPEN_PATHS or method != "GET") and "/static" not in path
+    }
+    assert ("POST", "/") in guarded_routes
     assert len(guarded_routes) >= 17
     for method, path in guarded_routes:
         response = await guarded.client.request(method, make_path(path))
         assert response.status_code == 401, (method, path)
         assert response.headers["www-authenticate"] == "Bearer"
-        body = response.json()
-        assert (body.get("error") or body)["code"] == "invalid_api_key"
+        assert "asks for a token" in response.text
 
 
 async def test_open_paths_answer_without_a_token(guarded: RunningApplication) -> None:

@@ -32,6 +32,11 @@ def test_readme_tables_are_what_the_code_says() -> None:
     assert load_remake_tables().replace_tables(README) == README
 
 
+def test_openapi_snapshot_is_what_the_code_says() -> None:
+    """A change of the API is seen in `docs/openapi.json`; `make docs` remakes it."""
+    assert (PROJECT_DIRECTORY / "docs" / "openapi.json").read_text() == load_remake_tables().render_openapi_file()
+
+
 def test_env_file_lists_every_setting_with_its_default() -> None:
     """The shipped .env is the rendered one."""
     assert (PROJECT_DIRECTORY / ".env").read_text() == load_remake_tables().render_env_file()
