@@ -18,7 +18,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.api.dependencies import CurrentServices, Stamp
 from llama_embeddings.api.error_responses import describe_statuses
-from llama_embeddings.api.native import render_json
+from llama_embeddings.api.replies import render_json
 from llama_embeddings.services.similarity import Similarity, TokenComparison
 
 router = APIRouter(tags=["Similarity"])
