@@ -166,12 +166,58 @@ class TokenComparisonRequest(_Request):
     model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
 
 
-class SemanticSearchRequest(_Request):
+class _SearchRequest(_Request):
     query_text: str = Field(
         description="What to look for; it is embedded and kept, but no search finds it.", examples=["winter"]
     )
     model_name: str | None = Field(None, description=MODEL_NAME_DESCRIPTION, examples=["all-MiniLM-L6-v2"])
+    corpus_identifier_string: CollectionName | None = Field(
+        None, description="Only texts of this collection; of all if absent.", examples=["default"]
+    )
+    filename: str | None = Field(None, description="Only sentences of documents of this name.", examples=[None])
+    since: datetime | None = Field(
+        None,
+        description="Only texts first embedded at this time or later; UTC unless it names a zone.",
+        examples=["2023-12-04T00:00:00Z"],
+    )
+    until: datetime | None = Field(
+        None, description="Only texts first embedded before this time; UTC unless it names a zone.", examples=[None]
+    )
+    exact: bool = Field(
+        False, description="Compare with every vector, however many there are, rather than with an index's candidates."
+    )
+
+
+class SemanticSearchRequest(_SearchRequest):
     number_of_most_similar_strings_to_return: int = Field(10, ge=1, le=10_000, description="How many results at most.")
+    full_text_weight: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the words (BM25) in the order of the results, against their meaning: 0 is meaning alone, "
+        "1 words alone. The two rankings are fused by reciprocal rank.",
+        examples=[0.0],
+    )
+    late_interaction: bool = Field(
+        False, description="Order the nearest texts by MaxSim over the embeddings of their tokens; slower."
+    )
+    with_matched_tokens: bool = Field(
+        False, description="With late_interaction: which token of a result is nearest to each token of the query."
+    )
+
+
+class AdvancedSearchRequest(_SearchRequest):
+    similarity_filter_percentage: float = Field(
+        0.02,
+        gt=0.0,
+        le=1.0,
+        description="Share of the stored texts, nearest by cosine, that every measure is computed for (0.02 is 2 %): "
+        "at least as many as are to be returned, at most 1,000.",
+    )
+    number_of_most_similar_strings_to_return: int = Field(10, ge=1, le=1_000, description="How many results at most.")
+    result_sorting_metric: str = Field(
+        "hoeffdings_d", description="Measure that orders the results.", examples=["hoeffdings_d"]
+    )
 
 
 class FirstVersionSemanticSearchRequest(_Request):
@@ -301,14 +347,43 @@ class TokenComparisonResponse(BaseModel):
     )
 
 
+class MatchedToken(BaseModel):
+    query_token: str = Field(examples=[" winter"])
+    text_token: str = Field(description="The nearest token of the result.", examples=[" cold"])
+    similarity: float = Field(description="Their cosine.", examples=[0.5])
+
+
 class SearchResult(BaseModel):
+    """A stored text. What was not asked for is left out."""
+
     search_result_text: str = Field(examples=["I am so cold"])
     similarity_to_query_text: float = Field(description="Cosine similarity.", examples=[0.517])
+    fused_score: float | None = Field(
+        None, description="With full_text_weight: the sum of weight / (60 + rank) over both rankings.", examples=[None]
+    )
+    maxsim: float | None = Field(None, description="With late_interaction: what orders the results.", examples=[None])
+    matched_tokens: list[MatchedToken] | None = Field(
+        None, description="With with_matched_tokens: one for each token of the query.", examples=[None]
+    )
 
 
 class SemanticSearchResponse(BaseModel):
     query_text: str = Field(examples=["winter"])
     results: list[SearchResult] = Field(description="Best first, without the query itself.")
+
+
+class AdvancedSearchResult(BaseModel):
+    search_result_text: str = Field(examples=["I am so cold"])
+    similarity_to_query_text: dict[str, float] = Field(
+        description="The score by every measure of vectors.", examples=[{"cosine_similarity": 0.517}]
+    )
+
+
+class AdvancedSearchResponse(BaseModel):
+    query_text: str = Field(examples=["winter"])
+    result_sorting_metric: str = Field(examples=["hoeffdings_d"])
+    number_of_candidates: int = Field(description="So many texts were compared by every measure.", examples=[1])
+    results: list[AdvancedSearchResult] = Field(description="Best first, without the query itself.")
 
 
 class ModelDescription(BaseModel):

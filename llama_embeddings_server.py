@@ -40,6 +40,7 @@ from llama_embeddings.api import (
     small_services,
     tei,
 )
+from llama_embeddings.api import search as search_routes
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
 from llama_embeddings.api.replies import EXPOSED_HEADERS
@@ -51,12 +52,14 @@ from llama_embeddings.errors import ConfigurationError, ServiceError
 from llama_embeddings.heat_maps import Painter
 from llama_embeddings.inference.backend import Backend
 from llama_embeddings.inference.model_cache import EngineOptions, ModelCache
+from llama_embeddings.services.advanced_search import AdvancedSearchService
 from llama_embeddings.services.container import Services
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.embeddings import EmbeddingService, load_known_texts
 from llama_embeddings.services.indexing import IndexService, TextVectors
 from llama_embeddings.services.known_texts import KnownTexts
+from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.rerank import RerankMethod, RerankService
@@ -65,6 +68,7 @@ from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.similarity_scales import SimilarityScales
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+from llama_embeddings.services.token_index import TokenIndex, TokenVectors
 from llama_embeddings.services.tokenization import TokenizationService, read_token_table
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
 from llama_embeddings.storage.store import EmbeddingStore
@@ -132,6 +136,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
     app.include_router(native.router)
+    app.include_router(search_routes.router)
     app.include_router(laboratory.router)
     for dialect in (tei, ollama, cohere, shared_routes, llama_cpp_server, small_services):
         app.include_router(dialect.router)
@@ -218,7 +223,7 @@ async def start_models(
 async def start_indexing(store: EmbeddingStore, stack: AsyncExitStack) -> IndexService:
     """The indexes over all stored vectors, with their upkeep; snapshots lie beside the database."""
     directory = store.path.with_name(f"{store.path.name}.indexes")
-    indexing = IndexService(VectorIndexes(), [TextVectors(store)], directory)
+    indexing = IndexService(VectorIndexes(), [TextVectors(store), TokenVectors(store)], directory)
     n_rows = await indexing.load()
     logger.info("Indexed %d stored embeddings", n_rows)
     indexing.start()
@@ -246,7 +251,9 @@ def make_services(
     truncation = Truncation(settings.truncation)
     memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
     embeddings = EmbeddingService(store, models, indexing, memory, known, limits=limits, default_truncation=truncation)
-    token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
+    token_index = TokenIndex(store, indexing)
+    token_embeddings = TokenEmbeddingService(store, models, token_index, limits=limits, default_truncation=truncation)
+    search = SearchService(store, models, embeddings, indexing)
     reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
     documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
     painter = Painter()
@@ -256,11 +263,13 @@ def make_services(
         stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
     return Services(
         models=models,
-        contents=ContentsService(store, models, embeddings),
+        contents=ContentsService(store, models, embeddings, token_index),
         embeddings=embeddings,
         token_embeddings=token_embeddings,
         documents=documents,
-        search=SearchService(store, models, embeddings, indexing),
+        search=search,
+        advanced_search=AdvancedSearchService(store, search),
+        late_interaction=LateInteractionService(search, token_embeddings, token_index),
         similarity=SimilarityService(
             embeddings,
             token_embeddings,

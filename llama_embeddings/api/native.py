@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, UploadFile
@@ -19,14 +18,10 @@ from embeddings_data_models import (
     DeletionResponse,
     EmbeddingRequest,
     EmbeddingResponse,
-    FirstVersionSemanticSearchRequest,
     MessageResponse,
     ModelDescriptionsResponse,
     ModelNameRequest,
     ModelNamesResponse,
-    SearchResult,
-    SemanticSearchRequest,
-    SemanticSearchResponse,
     TokenLevelEmbeddingsResponse,
     TokenLevelRequest,
 )
@@ -44,7 +39,6 @@ from llama_embeddings.api.dependencies import (
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.api.replies import describe_answers, render_download, render_json
 from llama_embeddings.services.downloads import render_document, render_token_level_bundle
-from llama_embeddings.services.search import SearchHit
 
 router = APIRouter()
 
@@ -183,46 +177,6 @@ async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_stri
     )
     headers = {"x-tokens-used": str(len(bundle.tokens)), "x-tokens-dropped": str(bundle.n_tokens_dropped)}
     return render_download(download, headers)
-
-
-@router.post(
-    "/search_stored_embeddings_with_query_string_for_semantic_similarity/",
-    tags=["Search"],
-    responses=_COMPUTING_ERRORS,
-)
-async def search_stored_embeddings_with_query_string_for_semantic_similarity(
-    request: SemanticSearchRequest, services: CurrentServices, stamp: Stamp
-) -> SemanticSearchResponse:
-    """The stored texts nearest in meaning to the query, best first, without the query itself."""
-    hits = await services.search.search(
-        request.query_text,
-        count=request.number_of_most_similar_strings_to_return,
-        model_name=request.model_name,
-        stamp=stamp,
-    )
-    return _render_hits(request.query_text, hits)
-
-
-@router.post(
-    "/get_most_similar_string_from_database/", tags=["Older names"], deprecated=True, responses=_COMPUTING_ERRORS
-)
-async def get_most_similar_string_from_database(
-    request: FirstVersionSemanticSearchRequest, services: CurrentServices, stamp: Stamp
-) -> SemanticSearchResponse:
-    """The first version's search: `text` for the query, three results by default."""
-    hits = await services.search.search(
-        request.text,
-        count=request.number_of_most_similar_strings_to_return,
-        model_name=request.model_name,
-        stamp=stamp,
-        field="text",
-    )
-    return _render_hits(request.text, hits)
-
-
-def _render_hits(query_text: str, hits: Sequence[SearchHit]) -> SemanticSearchResponse:
-    results = [SearchResult(search_result_text=hit.text, similarity_to_query_text=hit.similarity) for hit in hits]
-    return SemanticSearchResponse(query_text=query_text, results=results)
 
 
 @router.post(

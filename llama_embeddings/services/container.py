@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from embeddings_data_models import Truncation
+from llama_embeddings.services.advanced_search import AdvancedSearchService
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.rerank import RerankService
 from llama_embeddings.services.search import SearchService
@@ -27,6 +29,8 @@ class Services:
     token_embeddings: TokenEmbeddingService
     documents: DocumentService
     search: SearchService
+    advanced_search: AdvancedSearchService
+    late_interaction: LateInteractionService
     similarity: SimilarityService
     rerank: RerankService
     tokenization: TokenizationService

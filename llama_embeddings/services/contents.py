@@ -6,16 +6,20 @@ from embeddings_data_models import StoredCollection
 from llama_embeddings.errors import NotFound
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.token_index import TokenIndex
 from llama_embeddings.storage.store import EmbeddingStore
 
 
 class ContentsService:
     """Lists what was ever embedded, and forgets what is named."""
 
-    def __init__(self, store: EmbeddingStore, models: ModelService, embeddings: EmbeddingService) -> None:
+    def __init__(
+        self, store: EmbeddingStore, models: ModelService, embeddings: EmbeddingService, token_index: TokenIndex
+    ) -> None:
         self._store = store
         self._models = models
         self._embeddings = embeddings
+        self._token_index = token_index
 
     async def list_texts(
         self, model_name: str | None, limit: int | None, offset: int, *, collection: str | None = None
@@ -50,7 +54,8 @@ class ContentsService:
         """
         removal = await self._store.delete_text(text)
         await self._embeddings.forget(removal.rows)
-        if not removal.rows and not removal.n_bundles:
+        await self._token_index.remove(removal.bundles)
+        if not removal.rows and not removal.bundles:
             raise NotFound("This text is not stored. Texts are told apart by their exact characters.", field="text")
         return len(removal.rows)
 

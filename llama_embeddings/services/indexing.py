@@ -142,6 +142,11 @@ class IndexService:
 
     # --- searching ---
 
+    def size(self, model_name: str, family: str) -> int:
+        """How many rows an index holds."""
+        index = self._indexes.get(model_name, family)
+        return len(index) if index is not None else 0
+
     async def search(
         self,
         model_name: str,

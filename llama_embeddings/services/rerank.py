@@ -3,8 +3,9 @@
 A reranker (pooling RANK) reads query and document together and gives its own score. An embedding model compares what
 it has made of each for itself: by the cosine of their vectors, which are kept and found again like all others, or by
 MaxSim, the mean over the query's tokens of each one's best cosine among the document's tokens. Which of the two, says a
-setting; `docs/decisions/0010-reranking.md` has the measurements. Scores of rerankers are not kept. Queries and documents
-are put into no collection: what is only reranked is no result of searches.
+setting; `docs/decisions/0010-reranking.md` has the measurements. Scores of rerankers are not kept.
+
+Queries and documents are put into no collection: what is only reranked is no result of searches.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class RerankService:
             self._embeddings.get_or_compute,
             model_name=task.model_name,
             truncation=task.truncation,
+            collection=None,
             stamp=task.stamp,
         )
         (asked,), found = await asyncio.gather(

@@ -27,6 +27,7 @@ from llama_embeddings.inference.pooling import pool_rows
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
+from llama_embeddings.services.token_index import TokenIndex
 from llama_embeddings.storage.store import EmbeddingStore
 
 # What a token-level recipe does instead of pooling and scaling to unit length.
@@ -40,9 +41,16 @@ class TokenEmbeddingService:
     """The one way to token embeddings."""
 
     def __init__(
-        self, store: EmbeddingStore, models: ModelService, *, limits: TextLimits, default_truncation: Truncation
+        self,
+        store: EmbeddingStore,
+        models: ModelService,
+        index: TokenIndex,
+        *,
+        limits: TextLimits,
+        default_truncation: Truncation,
     ) -> None:
         self._store = store
+        self._index = index
         self._models = models
         self._limits = limits
         self._default_truncation = default_truncation
@@ -77,8 +85,7 @@ class TokenEmbeddingService:
         hashes = check_texts(texts, self._limits, field=field)
         chosen = truncation or self._default_truncation
         name = self._models.resolve(model_name)
-        pooled = await self._models.recipe(model_name, input_type)
-        recipe = Recipe(pooled.model_digest, TOKEN_LEVEL, pooled.prompt, normalisation="none")
+        recipe = await self._make_recipe(model_name, input_type)
         keys = [(text_hash, name, recipe.family, chosen) for text_hash in hashes]
         wanted = dict(zip(keys, texts, strict=True))
 
@@ -95,6 +102,14 @@ class TokenEmbeddingService:
                 raise outcome.located(field=place_name, index=place)
             bundles.append(outcome)
         return bundles
+
+    async def find_family(self, model_name: str | None, input_type: InputType | None = None) -> str:
+        """What the recipes of comparable token embeddings have in common."""
+        return (await self._make_recipe(model_name, input_type)).family
+
+    async def _make_recipe(self, model_name: str | None, input_type: InputType | None) -> Recipe:
+        pooled = await self._models.recipe(model_name, input_type)
+        return Recipe(pooled.model_digest, TOKEN_LEVEL, pooled.prompt, normalisation="none")
 
     async def _find_or_compute(
         self, texts: dict[_Key, str], recipe: Recipe, stamp: RequestStamp, flight: Flight[_Key, _Outcome]
@@ -145,14 +160,16 @@ class TokenEmbeddingService:
     async def _keep(
         self, text: str, key: _Key, family: str, result: EngineResult | ServiceError, stamp: RequestStamp
     ) -> _Outcome:
-        """Commit one bundle."""
+        """Commit one bundle and index it."""
         if isinstance(result, ServiceError):
             return result
         bundle = _make_bundle(text, key[0], key[1], family, result, stamp)
         row_id = await self._store.add_token_level_bundle(bundle)
-        return StoredTokenLevelBundle(
+        stored = StoredTokenLevelBundle(
             row_id, key[0], bundle.tokens, bundle.matrix, bundle.feature_vector, bundle.n_tokens_dropped
         )
+        self._index.add(key[1], family, stored)
+        return stored
 
     async def pool(self, bundles: Sequence[StoredTokenLevelBundle], model_name: str | None) -> list[np.ndarray]:
         """One vector per bundle as the model pools, float32 (n_dims,), not scaled to unit length."""

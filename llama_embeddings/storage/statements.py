@@ -270,7 +270,23 @@ INSERT_BUNDLE = insert_unless_present(bundles)
 INSERT_TOKENS = insert_unless_present(tokens)
 INSERT_FEATURE_VECTOR = insert_unless_present(feature_vectors)
 
-DELETE_BUNDLES_OF_TEXT = delete(bundles).where(bundles.c.input_text_hash == bindparam("text_hash_to_delete"))
+DELETE_BUNDLES_OF_TEXT = (
+    delete(bundles)
+    .where(bundles.c.input_text_hash == bindparam("text_hash_to_delete"))
+    .returning(bundles.c.model_name, bundles.c.recipe, bundles.c.id, bundles.c.n_tokens)
+)
+
+FIND_BUNDLE_GROUPS = select(bundles.c.model_name, bundles.c.recipe).distinct()
+
+READ_BUNDLE_SIZES = select(bundles.c.id, bundles.c.n_tokens).where(
+    bundles.c.model_name == bindparam("model_name"), bundles.c.recipe == bindparam("recipe")
+)
+
+READ_BUNDLE_MATRICES = select(bundles.c.id, bundles.c.n_tokens, _as_bytes(bundles.c.embeddings)).where(
+    _is_any_of(bundles.c.id, "bundle_ids")
+)
+
+FIND_HASHES_OF_BUNDLES = select(bundles.c.id, bundles.c.input_text_hash).where(_is_any_of(bundles.c.id, "bundle_ids"))
 
 # --- documents ---
 

@@ -309,6 +309,32 @@ class EmbeddingStore:
             raise ValueError(f"{len(bundle.tokens)} tokens, but {len(bundle.matrix)} token embeddings")
         return await self._write_queue.submit(writes.insert_bundles, bundle)
 
+    async def token_bundle_groups(self) -> list[tuple[str, str]]:
+        """The pairs of model and recipe with token-level bundles."""
+        return [(model_name, recipe) for model_name, recipe in await self._fetch(statements.FIND_BUNDLE_GROUPS)]
+
+    async def read_bundle_sizes(self, model_name: str, recipe: str) -> list[tuple[int, int]]:
+        """Row ids of a group's bundles and how many tokens each has."""
+        key = {"model_name": model_name, "recipe": recipe}
+        return [(row_id, n_tokens) for row_id, n_tokens in await self._fetch(statements.READ_BUNDLE_SIZES, key)]
+
+    async def read_bundle_matrices(self, bundle_ids: Sequence[int]) -> list[tuple[int, np.ndarray]]:
+        """Row ids and token embeddings, float32 (n_tokens, n_dims) each; bundles that are gone or empty are absent."""
+        found: list[tuple[int, np.ndarray]] = []
+        for part in split(bundle_ids):
+            for row_id, n_tokens, matrix in await self._fetch(statements.READ_BUNDLE_MATRICES, {"bundle_ids": part}):
+                if n_tokens:
+                    found.append((row_id, _decode(matrix).reshape(n_tokens, -1)))
+        return found
+
+    async def find_hashes_of_bundles(self, bundle_ids: Sequence[int]) -> dict[int, str]:
+        """Hashes of the texts of bundles, by the bundles' row ids; bundles that are gone are absent."""
+        hashes: dict[int, str] = {}
+        for part in split(bundle_ids):
+            rows = await self._fetch(statements.FIND_HASHES_OF_BUNDLES, {"bundle_ids": part})
+            hashes.update((row_id, text_hash) for row_id, text_hash in rows)
+        return hashes
+
     # --- documents ---
 
     async def find_document(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha3_256
@@ -41,12 +41,16 @@ RemovedRow = tuple[str, str, int]
 _EmbeddingKey = tuple[str, str, str]
 
 
+# (model_name, recipe, row id, number of tokens).
+RemovedBundle = tuple[str, str, int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What was forgotten: rows of embeddings, and how many token-level bundles and documents."""
+    """What was forgotten: rows of embeddings, token-level bundles, and how many documents."""
 
     rows: list[RemovedRow]
-    n_bundles: int = 0
+    bundles: list[RemovedBundle] = field(default_factory=list)
     n_documents: int = 0
 
 
@@ -394,8 +398,11 @@ def delete_texts(connection: Connection, texts: Sequence[str]) -> list[Removal]:
 
 def _delete_text(connection: Connection, text: str) -> Removal:
     key = {"text_hash_to_delete": compute_text_hash(text)}
-    n_bundles = connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key).rowcount
-    return Removal(_delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key), n_bundles=n_bundles)
+    bundles = [
+        (model_name, recipe, row_id, n_tokens)
+        for model_name, recipe, row_id, n_tokens in connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key)
+    ]
+    return Removal(_delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key), bundles)
 
 
 def delete_documents(connection: Connection, selections: Sequence[DocumentSelection]) -> list[Removal]:

@@ -231,25 +231,27 @@ async def test_text_deleted_while_it_is_put_away_leaves_nothing_behind(
 ) -> None:
     """The deletion comes between the commit and the index: neither memory nor index keep what has no row."""
     embeddings = running.app.state.services.embeddings
-    index, may_go_on, is_there = embeddings._index, asyncio.Event(), asyncio.Event()
+    store = embeddings._store
+    add, may_go_on, is_there = store.add_embeddings, asyncio.Event(), asyncio.Event()
 
-    async def wait_and_index(*arguments: Any) -> None:
+    async def add_and_wait(rows: Any) -> list[int]:
+        row_ids: list[int] = await add(rows)
         is_there.set()
         await may_go_on.wait()
-        await index(*arguments)
+        return row_ids
 
-    monkeypatch.setattr(embeddings, "_index", wait_and_index)
+    monkeypatch.setattr(store, "add_embeddings", add_and_wait)
     asking = asyncio.create_task(embed(running.client, "in between"))
     await is_there.wait()
     assert (await delete_text(running.client, "in between")).status_code == 200
-    monkeypatch.setattr(embeddings, "_index", index)
+    monkeypatch.setattr(store, "add_embeddings", add)
     late = asyncio.create_task(embed(running.client, "in between"))
     assert (await late).headers["x-embedding-source"] == "computed", "not the one whose row is gone"
     assert (await delete_text(running.client, "in between")).status_code == 200
     may_go_on.set()
     await asking
     assert count_rows(running) == len(embeddings._memory) == 0
-    assert set(embeddings._indexes.sizes().values()) <= {0}
+    assert set(embeddings._indexing._indexes.sizes().values()) <= {0}
 
 
 async def test_adding_and_deleting_at_random_leaves_memory_index_and_rows_in_step(running: RunningApplication) -> None:
@@ -272,4 +274,4 @@ async def test_adding_and_deleting_at_random_leaves_memory_index_and_rows_in_ste
     embeddings = running.app.state.services.embeddings
     assert {entry.row_id for entry in embeddings._memory._entries.values()} <= known
     assert await search(running.client, "a query of its own") == {text for _, text in rows}
-    assert sum(embeddings._indexes.sizes().values()) == len(rows)
+    assert sum(embeddings._indexing._indexes.sizes().values()) == len(rows)

@@ -37,6 +37,15 @@ DOWNLOAD = {"json_format": "records", "send_back_json_or_zip_file": "zip", "clie
 TEXT = {"text": REQUIRED, "model_name": None, "truncation": None, "input_type": None}
 COLLECTED_TEXT = TEXT | {"corpus_identifier_string": None}
 SUBMITTED = DOWNLOAD | {"model_name": ABSENT, "corpus_identifier_string": ABSENT}
+SCOPE = {
+    "query_text": REQUIRED,
+    "model_name": None,
+    "corpus_identifier_string": None,
+    "filename": None,
+    "since": None,
+    "until": None,
+    "exact": False,
+}
 # Path: method, query parameters with their defaults, fields of the body with theirs.
 ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     MODELS: ("get", {}, {}),
@@ -83,7 +92,23 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     SEARCH: (
         "post",
         {"client_ip": ABSENT},
-        {"query_text": REQUIRED, "model_name": None, "number_of_most_similar_strings_to_return": 10},
+        SCOPE
+        | {
+            "number_of_most_similar_strings_to_return": 10,
+            "full_text_weight": 0.0,
+            "late_interaction": False,
+            "with_matched_tokens": False,
+        },
+    ),
+    "/advanced_search_stored_embeddings_with_query_string_for_semantic_similarity/": (
+        "post",
+        {"client_ip": ABSENT},
+        SCOPE
+        | {
+            "similarity_filter_percentage": 0.02,
+            "number_of_most_similar_strings_to_return": 10,
+            "result_sorting_metric": "hoeffdings_d",
+        },
     ),
     "/get_most_similar_string_from_database/": (
         "post",

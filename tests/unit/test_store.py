@@ -409,7 +409,7 @@ async def test_forgotten_text_is_gone_under_every_model(store: EmbeddingStore, p
     await store.add_token_level_bundle(make_bundle("a", ["a"]))
     removal = await store.delete_text("a")
     assert sorted(removal.rows) == [("m1", RECIPE, ids[0]), ("m2", RECIPE, ids[1])]
-    assert removal.n_bundles == 1
+    assert len(removal.bundles) == 1
     assert await store.texts_of_rows([*ids, kept]) == {kept: "b"}
     for table in ("token_level_embedding_bundles", "token_level_embeddings"):
         assert query(path, f"SELECT * FROM {table}") == []
