@@ -13,6 +13,7 @@ first version stored as text are read-only properties here. Knows no HTTP, no en
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -526,6 +527,21 @@ class NewEmbedding:
     response_time: datetime
     collection: str | None = DEFAULT_COLLECTION
     is_searchable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BulkEmbeddings:
+    """Many texts' embeddings from elsewhere, under one recipe. `vectors`: float32 (n_texts, n_dims).
+
+    How many tokens they had is not known, and stored as 0.
+    """
+
+    texts: Sequence[str]
+    vectors: np.ndarray
+    model_name: str
+    recipe: str
+    collection: str = DEFAULT_COLLECTION
+    stamp: RequestStamp = field(default_factory=RequestStamp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,9 @@ _COMMON_PRAGMAS = (
     "PRAGMA mmap_size = 0",
 )
 
+# The upper levels of the unique indexes of a million rows.
+WRITER_CACHE_IN_MB = 32
+
 WRITER_PRAGMAS = (
     # First, since the next ones may meet a lock. Only bridges another process's short commit; longer locks are the
     # write queue's, which backs off with jitter.
@@ -60,8 +63,6 @@ WRITER_PRAGMAS = (
     # A commit is a write to the log, without fsync: it survives kill -9 of the process. Power loss may take the
     # last commits, but cannot damage the database.
     "PRAGMA synchronous = NORMAL",
-    # 32 MiB: the upper levels of the unique indexes of a million rows.
-    "PRAGMA cache_size = -32768",
     # Every 64 MiB: copying the log into the database costs two fsyncs and every page that changed, once however
     # often it did; bulk imports take a third less time than with the 4 MiB that are the default.
     "PRAGMA wal_autocheckpoint = 16000",
@@ -151,7 +152,12 @@ def _refuse_url(reason: str) -> ConfigurationError:
     return ConfigurationError(message, setting="DATABASE_URL")
 
 
-def create_writer_engine(url: URL) -> Engine:
+def find_database_file(database_url: str) -> Path:
+    """The file that DATABASE_URL names, there or not. Raises ConfigurationError."""
+    return Path(str(parse_database_url(database_url).database))
+
+
+def create_writer_engine(url: URL, *, cache_in_mb: int = WRITER_CACHE_IN_MB) -> Engine:
     """An engine of one connection for the writer's thread; its transactions hold the write lock from their beginning.
 
     With BEGIN IMMEDIATE a lock of another process shows at BEGIN, where nothing has been done yet, and not in
@@ -159,7 +165,7 @@ def create_writer_engine(url: URL) -> Engine:
     """
     # isolation_level None: the driver begins no transactions of its own accord.
     engine = _create_thread_engine(url, connect_args={"isolation_level": None, "check_same_thread": False})
-    _configure_connections(engine, WRITER_PRAGMAS)
+    _configure_connections(engine, (*WRITER_PRAGMAS, f"PRAGMA cache_size = -{cache_in_mb * 1024}"))
     event.listen(engine, "begin", _begin_immediate)
     return engine
 

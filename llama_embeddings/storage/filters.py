@@ -100,7 +100,7 @@ def _find_members(connection: Connection, wanted: RowFilter, of_recipes: ColumnE
         _read_ids(connection, further),
         _read_ids(connection, _select_of_documents(wanted, of_recipes)),
     ]
-    return np.unique(np.concatenate(parts))
+    return _sort_unique(np.concatenate(parts))
 
 
 def _select_of_documents(wanted: RowFilter, of_recipes: ColumnElement[bool]) -> Select[tuple[int]]:
@@ -180,7 +180,15 @@ def _count_members(connection: Connection, name: str) -> int:
 def _read_ids(connection: Connection, statement: Select[tuple[int]]) -> np.ndarray:
     [column] = statement.subquery().c
     digits: str | None = connection.execute(select(func.group_concat(column))).scalar_one()
-    return np.unique(np.fromstring(digits, np.int64, sep=",")) if digits else np.empty(0, np.int64)
+    return _sort_unique(np.fromstring(digits, np.int64, sep=",")) if digits else np.empty(0, np.int64)
+
+
+def _sort_unique(row_ids: np.ndarray) -> np.ndarray:
+    # Not `np.unique`, whose hash table takes ten times as long as sorting.
+    row_ids.sort()
+    is_first = np.ones(len(row_ids), bool)
+    np.not_equal(row_ids[1:], row_ids[:-1], out=is_first[1:])
+    return row_ids[is_first]
 
 
 def _without_zone(moment: datetime) -> datetime:

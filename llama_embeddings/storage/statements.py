@@ -141,6 +141,16 @@ INSERT_EMBEDDINGS = (
     .returning(embeddings.c.id, embeddings.c.text_hash, embeddings.c.model_name, embeddings.c.recipe)
 )
 
+# As plain SQL with positions: the compiled statement's handling of parameters would take as long as SQLite does.
+IMPORT_EMBEDDINGS = """
+    INSERT INTO embeddings (
+        text, text_hash, embedding, model_name, recipe, n_tokens, n_tokens_dropped,
+        ip_address, request_time, response_time, total_time, collection_id
+    )
+    VALUES (?, ?, ?, ?, ?, 0, 0, ?, ?, ?, 0, ?)
+    ON CONFLICT DO NOTHING
+"""
+
 # In the order of the unique index, which has all that is needed: the table itself is twenty times as large.
 READ_TEXT_HASHES = (
     select(embeddings.c.text_hash)

@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from embeddings_data_models import (
+    BulkEmbeddings,
     EmbeddingGroup,
     NewDocument,
     NewEmbedding,
@@ -42,6 +43,7 @@ from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.collection_names import CollectionNames
 from llama_embeddings.storage.engine import (
     N_SEARCHERS,
+    WRITER_CACHE_IN_MB,
     Fault,
     classify_fault,
     create_lookup_engine,
@@ -50,6 +52,7 @@ from llama_embeddings.storage.engine import (
     create_writer_engine,
     describe_fault,
     fetch_by_ids,
+    find_database_file,
     inspect_file,
     parse_database_url,
     vacuum_into,
@@ -112,8 +115,12 @@ class EmbeddingStore:
         max_retries: int = 10,
         retry_delay_base_seconds: float = 1.0,
         jitter_factor: float = 0.1,
+        writer_cache_in_mb: int = WRITER_CACHE_IN_MB,
+        follows_full_text: bool = True,
     ) -> EmbeddingStore:
         """Open a database, made if there is none, bring it to the present schema and start its writer.
+
+        Without `follows_full_text`, the full-text index follows only when it is searched or told to.
 
         Raises:
             ConfigurationError: the URL does not name an SQLite file in an existing directory.
@@ -121,9 +128,9 @@ class EmbeddingStore:
             StoreBusy, StoreFull: the file cannot be written now.
         """
         url = parse_database_url(database_url)
-        await asyncio.to_thread(inspect_file, Path(str(url.database)), find_newest_version())
+        await asyncio.to_thread(inspect_file, find_database_file(database_url), find_newest_version())
         backoff = Backoff(max_retries, retry_delay_base_seconds, jitter_factor)
-        writer = create_writer_engine(url)
+        writer = create_writer_engine(url, cache_in_mb=writer_cache_in_mb)
         try:
             await retry_while_locked(lambda: asyncio.to_thread(migrate, writer), _is_lock, backoff)
         except DBAPIError as error:
@@ -135,7 +142,8 @@ class EmbeddingStore:
         write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
         store = cls(writer, url, write_queue)
-        store._full_text.start()
+        if follows_full_text:
+            store._full_text.start()
         return store
 
     @property
@@ -195,6 +203,17 @@ class EmbeddingStore:
         row_ids = await self._write_queue.submit(writes.insert_embeddings, rows)
         self._full_text.notice()
         return row_ids
+
+    async def import_embeddings(self, rows: BulkEmbeddings) -> int:
+        """Keep many embeddings in one transaction; returns how many were new. The others join the collection.
+
+        Their order among themselves is not kept. The full-text index does not follow by itself.
+        """
+        return await self._write_queue.submit(writes.import_embeddings, rows)
+
+    async def index_full_text(self) -> None:
+        """Bring the full-text index up to date now."""
+        await self._full_text.catch_up()
 
     async def place_embeddings(self, row_ids: Sequence[int], collection: str | None) -> set[int]:
         """Put stored texts into a collection, too; None: make them searchable as sentences of documents.

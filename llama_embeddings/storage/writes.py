@@ -21,6 +21,7 @@ from embeddings_data_models import (
     DEFAULT_COLLECTION,
     DEFAULT_COLLECTION_ID,
     HELD_BY_DOCUMENTS,
+    BulkEmbeddings,
     NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
@@ -126,6 +127,35 @@ def _place_known(
 
 def _choose_home(row: NewEmbedding, collection_ids: Mapping[str | None, int]) -> int | None:
     return collection_ids[row.collection] if row.is_searchable else None
+
+
+def import_embeddings(connection: Connection, batches: Sequence[BulkEmbeddings]) -> list[int]:
+    """How many rows of each batch were new; those that were there before are put into its collection."""
+    return [_import_batch(connection, batch) for batch in batches]
+
+
+def _import_batch(connection: Connection, batch: BulkEmbeddings) -> int:
+    collection_id = _resolve_collections(connection, [batch.collection])[batch.collection]
+    hashes = [compute_text_hash(text) for text in batch.texts]
+    # In the order of the index of hashes, each of its pages is visited once and not once for each row.
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    vectors = np.ascontiguousarray(batch.vectors, dtype="<f4")
+    moment = _without_zone(batch.stamp.request_time).isoformat(" ", "microseconds")
+    shared = (batch.model_name, batch.recipe, batch.stamp.ip_address, moment, moment, collection_id)
+    rows = [(batch.texts[place], hashes[place], vectors[place].data, *shared) for place in order]
+    n_new = connection.exec_driver_sql(statements.IMPORT_EMBEDDINGS, rows).rowcount
+    if n_new < len(set(hashes)):
+        _place_imported(connection, batch, hashes, collection_id)
+    return n_new
+
+
+def _place_imported(connection: Connection, batch: BulkEmbeddings, hashes: Sequence[str], collection_id: int) -> None:
+    homes: dict[int, int | None] = {}
+    for part in split(hashes):
+        key = {"text_hashes": part, "model_name": batch.model_name, "recipe": batch.recipe}
+        rows = connection.execute(statements.FIND_EMBEDDING_IDS, key)
+        homes.update((row_id, home) for _, row_id, home in rows)
+    _place(connection, homes, [(row_id, collection_id) for row_id in homes])
 
 
 def _find_embedding_ids(
