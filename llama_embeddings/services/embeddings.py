@@ -28,7 +28,7 @@ from embeddings_data_models import (
     recipe_family,
     utc_now,
 )
-from llama_embeddings.errors import ServiceError
+from llama_embeddings.errors import ServiceError, Unavailable
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
 from llama_embeddings.services.forgotten_rows import ForgottenRows
 from llama_embeddings.services.indexing import IndexService
@@ -39,6 +39,9 @@ from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.storage.writes import RemovedRow
+
+# In place of the id of a row that could not be written.
+_NO_ROW = 0
 
 
 class Source(StrEnum):
@@ -187,14 +190,22 @@ class EmbeddingService:
             if isinstance(outcome, EmbeddingAnswer) and not task.is_placed(outcome.embedding)
         ]
         if strangers:
-            await self._place(strangers, task)
+            gone = await self._place(strangers, task)
+            if gone:
+                # Deleted meanwhile, or a query that could not be kept: looked for and kept like a new text.
+                outcomes |= await self._get_all({text_hash: texts[text_hash] for text_hash in gone}, task)
         return outcomes
 
-    async def _place(self, embeddings: Sequence[StoredEmbedding], task: _Task) -> None:
-        """Put known texts into the collection that they are asked for in; what was a query only can be found now."""
+    async def _place(self, embeddings: Sequence[StoredEmbedding], task: _Task) -> list[str]:
+        """Put known texts into the collection that they are asked for in; what was a query only can be found now.
+
+        Returns the hashes of those whose rows are gone.
+        """
         with self._forgotten.watch() as forgotten:
             wanted = [embedding.row_id for embedding in embeddings]
             row_ids_there = await self._store.place_embeddings(wanted, task.collection)
+            gone = [embedding for embedding in embeddings if embedding.row_id not in row_ids_there]
+            self._memory.discard_rows({embedding.row_id for embedding in gone})
             embeddings = [embedding for embedding in embeddings if embedding.row_id in row_ids_there]
             found_now = [embedding for embedding in embeddings if not embedding.is_searchable]
             if found_now:
@@ -206,6 +217,7 @@ class EmbeddingService:
                 placed = replace(embedding, collections=embedding.collections | added, is_searchable=True)
                 self._memory.replace((embedding.text_hash, task.model_name, task.recipe.family), placed)
             await self._clear_up(forgotten, task)
+        return [embedding.text_hash for embedding in gone]
 
     async def _fly(self, flight: Flight[_FlightKey, _Outcome], texts: dict[str, str], task: _Task) -> dict:
         """Find or compute what this flight was started for; the answers are committed and indexed."""
@@ -289,7 +301,13 @@ class EmbeddingService:
         """Commit, index, remember."""
         if not rows:
             return {}
-        row_ids = await self._store.add_embeddings(rows)
+        try:
+            row_ids = await self._store.add_embeddings(rows)
+        except Unavailable:
+            if rows[0].is_searchable:
+                raise
+            # A query is kept for the next one to ask the same; a search goes on without.
+            return {row.text_hash: _describe_unkept(row) for row in rows}
         self._known.add(row.text_hash for row in rows)
         if rows[0].is_searchable:
             vectors = np.stack([row.vector for row in rows])
@@ -323,6 +341,12 @@ class EmbeddingService:
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""
         await self._flights.drain(timeout_seconds=timeout_seconds)
+
+
+def _describe_unkept(row: NewEmbedding) -> StoredEmbedding:
+    return StoredEmbedding(
+        _NO_ROW, row.text_hash, row.vector, row.n_tokens, row.n_tokens_dropped, frozenset(), is_searchable=False
+    )
 
 
 async def load_known_texts(store: EmbeddingStore, known: KnownTexts, *, rows_per_read: int = 50_000) -> None:
