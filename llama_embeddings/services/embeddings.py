@@ -135,9 +135,15 @@ class EmbeddingService:
         ContextLengthExceeded, RequestTooLarge, ModelNotFound, Overloaded, StoreBusy and their like.
         """
         hashes = check_texts(texts, self._limits, field=field)
-        task = await self._make_task(model_name, truncation or self._default_truncation, input_type, stamp)
-        placed = replace(task, collection=collection, is_searchable=collection is not None)
-        return await self._answer(texts, hashes, placed, field)
+        task = await self._make_task(
+            model_name,
+            truncation or self._default_truncation,
+            input_type,
+            stamp,
+            collection,
+            is_searchable=collection is not None,
+        )
+        return await self._answer(texts, hashes, task, field)
 
     async def get_or_compute_sentences(
         self, texts: Sequence[str], *, model_name: str, stamp: RequestStamp
@@ -147,15 +153,22 @@ class EmbeddingService:
         They are in the collections of the documents that hold them, and in none by themselves.
         """
         hashes = [compute_text_hash(text) for text in texts]
-        task = await self._make_task(model_name, Truncation.REFUSE, InputType.DOCUMENT, stamp)
+        task = await self._make_task(model_name, Truncation.REFUSE, InputType.DOCUMENT, stamp, None, is_searchable=True)
         return await self._answer(texts, hashes, task, "file")
 
     async def _make_task(
-        self, model_name: str | None, truncation: Truncation, input_type: InputType | None, stamp: RequestStamp | None
+        self,
+        model_name: str | None,
+        truncation: Truncation,
+        input_type: InputType | None,
+        stamp: RequestStamp | None,
+        collection: str | None,
+        *,
+        is_searchable: bool,
     ) -> _Task:
         recipe = await self._models.recipe(model_name, input_type)
         name = self._models.resolve(model_name)
-        return _Task(name, recipe, truncation, stamp or RequestStamp(), collection=None, is_searchable=True)
+        return _Task(name, recipe, truncation, stamp or RequestStamp(), collection, is_searchable)
 
     async def _answer(
         self, texts: Sequence[str], hashes: Sequence[str], task: _Task, field: str | Sequence[str]
