@@ -45,6 +45,7 @@ test: $(INSTALLED_FOR_TESTS) browser
 
 bench: $(INSTALLED_FOR_TESTS) $(PEER_INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.engine
+	$(VENV_PYTHON) -m benchmarks.search
 
 docs: $(INSTALLED)
 	$(VENV_PYTHON) docs/remake_tables.py

@@ -73,6 +73,7 @@ from llama_embeddings.services.tokenization import TokenizationService, read_tok
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
+from llama_embeddings.vectors.memory import bound_heaps
 
 logger = logging.getLogger(__name__)
 
@@ -366,6 +367,7 @@ def main() -> int:
     except ServiceError as error:
         print(f"Cannot start: {error.message}", file=sys.stderr)
         return 1
+    bound_heaps()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     host, port = listener.getsockname()[:2]
     logger.info("Starting; will answer on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -147,7 +147,7 @@ class Settings:
         "INFERENCE_TOKEN_BUDGET", 0, _number(int, 0), "Tokens packed into one pass; 0 to measure what is best."
     )
     embedding_cache_size_in_mb: int = _setting(
-        "EMBEDDING_CACHE_SIZE_IN_MB", 32, _number(int, 0), "Memory for recently used embeddings, in front of SQLite."
+        "EMBEDDING_CACHE_SIZE_IN_MB", 16, _number(int, 0), "Memory for recently used embeddings, in front of SQLite."
     )
     max_text_length_in_characters: int = _setting(
         "MAX_TEXT_LENGTH_IN_CHARACTERS", 1_000_000, _number(int, 1), "Longest text accepted at all."
