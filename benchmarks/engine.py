@@ -270,7 +270,7 @@ def measure_memory(rounds: Rounds, _n_rounds: int, _seconds: float) -> None:
                     clients=4,
                     texts=32,
                     tokens=8,
-                    seconds=max(1.0, min(20.0, n_left / 500)),
+                    seconds=max(4.0, min(20.0, n_left / 500)),
                     seed=time.time_ns(),
                 )
                 n_left -= int(result["n_texts"])

@@ -523,6 +523,48 @@ async def test_cancelled_reads_leave_the_readers_usable(store: EmbeddingStore) -
     assert len(await asyncio.wait_for(store.list_texts(None, None, 0), 5)) == 300
 
 
+@pytest.mark.parametrize("n_wanted", [0, 3, 700])
+@pytest.mark.parametrize("stride", [1, 9])
+async def test_vectors_are_read_by_row_id(store: EmbeddingStore, n_wanted: int, stride: int) -> None:
+    """A few or many, close together or far apart; rows that are gone are absent."""
+    texts = (
+        [str(number) for number in range(700 * 9)] if stride == 9 and n_wanted == 700 else [str(i) for i in range(710)]
+    )
+    row_ids = await store.add_embeddings([make_embedding(text) for text in texts])
+    by_id = dict(zip(row_ids, texts, strict=True))
+    wanted = np.array(row_ids[:: min(stride, len(row_ids) // max(n_wanted, 1))][:n_wanted], np.int64)
+    assert len(wanted) == n_wanted
+    [(_, _, gone)] = await store.delete_text(texts[0])
+    found, vectors = await store.read_vectors_of_rows(wanted[::-1])
+    assert sorted(found.tolist()) == sorted(set(wanted.tolist()) - {gone})
+    for row_id, vector in zip(found.tolist(), vectors, strict=True):
+        np.testing.assert_array_equal(vector, make_vector(by_id[row_id]))
+
+
+async def test_row_ids_of_a_group_are_read_in_order(store: EmbeddingStore) -> None:
+    """Part by part, without those of other models and recipes."""
+    wanted = await store.add_embeddings([make_embedding(str(i)) for i in range(5)])
+    await store.add_embeddings([make_embedding("0", model_name="other"), make_embedding("0", recipe="other")])
+    wanted += await store.add_embeddings([make_embedding("last")])
+    first = await store.read_row_ids(MODEL, RECIPE, after_row_id=0, limit=4)
+    rest = await store.read_row_ids(MODEL, RECIPE, after_row_id=int(first[-1]), limit=4)
+    assert [*first.tolist(), *rest.tolist()] == wanted
+    assert len(await store.read_row_ids(MODEL, RECIPE, after_row_id=wanted[-1], limit=4)) == 0
+
+
+async def test_every_text_hash_is_read_whatever_the_parts(store: EmbeddingStore) -> None:
+    """Also that of a text with rows on both sides of the border between two parts."""
+    texts = [str(number) for number in range(20)]
+    for model_name in ("a", "b", "c"):
+        await store.add_embeddings([make_embedding(text, model_name=model_name) for text in texts])
+    for limit in (1, 2, 7, 100):
+        seen, last = set(), ""
+        while part := await store.read_text_hashes(after_text_hash=last, limit=limit):
+            seen.update(part)
+            last = part[-1]
+        assert seen == {compute_text_hash(text) for text in texts}
+
+
 async def test_readers_cannot_write(store: EmbeddingStore) -> None:
     """The pool for reading refuses what would change the database."""
     async with store._readers.connect() as connection:
@@ -539,12 +581,16 @@ async def test_reads_go_through_indexes(store: EmbeddingStore, path: Path) -> No
         await store.find_embeddings(["a", "b"], MODEL, RECIPE)
         await store.read_vectors(MODEL, RECIPE, after_row_id=0, limit=10)
         await store.texts_of_rows([1, 2])
+        await store.read_row_ids(MODEL, RECIPE, after_row_id=0, limit=10)
+        await store.read_vectors_of_rows(np.array([1, 2]))
+        await store.read_vectors_of_rows(np.arange(1, 1000))
+        await store.read_text_hashes(after_text_hash="", limit=10)
         await store.embedding_groups()
         await store.find_token_level_bundle(bundle.text_hash, MODEL, RECIPE)
         await find(store, document)
         await store.list_texts(None, 10, 0)
         await store.list_texts(MODEL, 10, 0)
-    assert len(seen) == 11
+    assert len(seen) == 14
     with closing(sqlite3.connect(path)) as connection:
         for statement, parameters in seen:
             details = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
