@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.InvalidInput: 400,
+    errors.ReceiveTimeout: 408,
     errors.RequestTooLarge: 413,
     errors.UnsupportedDocumentType: 415,
     errors.UnreadableDocument: 422,
@@ -52,6 +53,7 @@ DESCRIPTIONS = {
     400: "The request is malformed; the message names what is wrong.",
     401: "The token is missing or wrong.",
     404: "The model is not known; the message lists those that are.",
+    408: "The body came in too slowly.",
     413: "The request is larger than a setting allows; the message names it.",
     415: "Documents of this type are not supported; the message lists those that are.",
     422: "A field is missing or has a wrong type, or a document cannot be read.",

@@ -8,8 +8,10 @@ from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.readiness import ReadinessService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.statistics import StatisticsService
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 
 
@@ -24,3 +26,5 @@ class Services:
     documents: DocumentService
     search: SearchService
     similarity: SimilarityService
+    readiness: ReadinessService
+    statistics: StatisticsService

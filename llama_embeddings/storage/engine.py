@@ -145,6 +145,11 @@ def parse_database_url(database_url: str) -> URL:
     return url.set(drivername="sqlite+aiosqlite")
 
 
+def find_file(url: URL) -> Path:
+    """Where the database of a checked URL lies."""
+    return Path(str(url.database)).absolute()
+
+
 def _refuse_url(reason: str) -> ConfigurationError:
     message = f"DATABASE_URL {reason}. Give it as sqlite+aiosqlite:///embeddings.sqlite."
     return ConfigurationError(message, setting="DATABASE_URL")
@@ -267,6 +272,18 @@ def inspect_file(path: Path, newest_version: int) -> None:
             _inspect(connection, path, newest_version)
     except sqlite3.DatabaseError as error:
         raise _describe_inspection(error, path) from error
+
+
+def inspect_header(path: Path) -> None:
+    """Read a database's first pages afresh, past the caches of open connections. Raises as `inspect_file` does."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            [application_id] = connection.execute("PRAGMA application_id").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise _describe_inspection(error, path) from error
+    if application_id != APPLICATION_ID:
+        raise StoreUnusable(f"{path} is a database of another program.")
 
 
 def _inspect(connection: sqlite3.Connection, path: Path, newest_version: int) -> None:

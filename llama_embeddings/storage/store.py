@@ -44,7 +44,9 @@ from llama_embeddings.storage.engine import (
     create_reader_engine,
     create_writer_engine,
     describe_fault,
+    find_file,
     inspect_file,
+    inspect_header,
     parse_database_url,
     vacuum_into,
 )
@@ -77,12 +79,16 @@ class EmbeddingStore:
     StoreUnusable (the file is damaged). Arrays in results are read-only views of the bytes read.
     """
 
-    def __init__(self, writer: Engine, lookups: Engine, readers: AsyncEngine, write_queue: WriteQueue) -> None:
+    def __init__(
+        self, writer: Engine, lookups: Engine, readers: AsyncEngine, write_queue: WriteQueue, path: Path
+    ) -> None:
         self._writer = writer
         self._lookups = lookups
         self._lookup_thread = ThreadPoolExecutor(1, thread_name_prefix="store-lookup")
         self._readers = readers
         self._write_queue = write_queue
+        self._path = path
+        self._inode = path.stat().st_ino
 
     @classmethod
     async def open(
@@ -102,7 +108,8 @@ class EmbeddingStore:
             StoreBusy, StoreFull: the file cannot be written now.
         """
         url = parse_database_url(database_url)
-        await asyncio.to_thread(inspect_file, Path(str(url.database)), find_newest_version())
+        path = find_file(url)
+        await asyncio.to_thread(inspect_file, path, find_newest_version())
         backoff = Backoff(max_retries, retry_delay_base_seconds, jitter_factor)
         writer = create_writer_engine(url)
         try:
@@ -115,7 +122,7 @@ class EmbeddingStore:
             raise
         write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
-        return cls(writer, create_lookup_engine(url), create_reader_engine(url), write_queue)
+        return cls(writer, create_lookup_engine(url), create_reader_engine(url), write_queue, path)
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
@@ -275,9 +282,29 @@ class EmbeddingStore:
     async def check_writable(self) -> None:
         """Commit a write that changes nothing. Raises StoreBusy or StoreFull, within some two seconds."""
         try:
-            await asyncio.wait_for(self._write_queue.submit(writes.probe, None), PROBE_TIMEOUT_SECONDS)
+            await asyncio.wait_for(self._write_queue.submit(writes.probe, None, is_probe=True), PROBE_TIMEOUT_SECONDS)
         except TimeoutError:
             raise StoreBusy(f"The database took no write for {PROBE_TIMEOUT_SECONDS:.0f} seconds.") from None
+
+    async def check_file(self) -> None:
+        """Look whether the file is still the one that was opened, and a database.
+
+        Raises StoreUnusable for one that was deleted, replaced or overwritten: what is written goes nowhere then.
+        """
+        await asyncio.to_thread(self._check_file_now)
+
+    def _check_file_now(self) -> None:
+        try:
+            is_same = self._path.stat().st_ino == self._inode
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise StoreUnusable("The database file was deleted or replaced. Stop the server and restore the file.")
+        inspect_header(self._path)
+
+    def size_in_bytes(self) -> int:
+        """Of the file and its log; 0 if there is none."""
+        return sum(path.stat().st_size for path in (self._path, Path(f"{self._path}-wal")) if path.exists())
 
     async def statistics(self) -> StoreStatistics:
         """Row counts (from the smallest index of each table) and the figures of the write queue."""

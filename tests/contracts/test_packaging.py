@@ -104,9 +104,10 @@ def test_nothing_is_installed_without_its_digest() -> None:
     installations = [line for line in makefile.splitlines() if "$(PIP_INSTALL)" in line and " -r " in line]
     assert len(installations) == 2
     assert all("--require-hashes" in line for line in installations)
-    assert "pip install --no-cache-dir --require-hashes --requirement requirements.txt" in (
-        PROJECT_DIRECTORY / "Dockerfile"
-    ).read_text()
+    assert (
+        "pip install --no-cache-dir --require-hashes --requirement requirements.txt"
+        in (PROJECT_DIRECTORY / "Dockerfile").read_text()
+    )
 
 
 # Makefile
