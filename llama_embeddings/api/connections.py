@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ MAX_FRAMING_PER_BYTE = 8
 # Who takes less of its reply is cut off.
 MIN_SENT_BYTES_PER_SECOND = 1_000
 SECONDS_BETWEEN_WARNINGS = 10.0
+RESET_AT_ONCE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 # Files that are open beside connections: database, models, libraries, log.
 DESCRIPTORS_BESIDE_CONNECTIONS = 200
 
@@ -117,6 +120,8 @@ class BoundedConnection(HttpToolsProtocol):
     def _look_at_sending(self, waiting_before: int) -> None:
         sent = waiting_before - self.transport.get_write_buffer_size()
         if sent < self.limits.seconds * MIN_SENT_BYTES_PER_SECOND:
+            # Or the system would keep what is on its way, and the connection, for minutes more.
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_ONCE)
             self._cut("it takes nothing of its reply")
         else:
             self._watch_sending()
