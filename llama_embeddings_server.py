@@ -122,6 +122,7 @@ def guard(app: FastAPI, settings: Settings) -> None:
     limits = Limits(
         max_bytes=int(settings.max_request_size_in_mb * MEGABYTE),
         max_bytes_in_flight=int(settings.max_request_sizes_in_flight_in_mb * MEGABYTE),
+        max_json_values=settings.max_json_values_per_request,
         receive_seconds=settings.receive_timeout_seconds,
         work_seconds=settings.max_request_seconds or math.inf,
     )

@@ -168,6 +168,12 @@ class Settings:
         "Bodies of all requests that are being answered, together; beyond that, callers get 429. Never less than the "
         "largest single one.",
     )
+    max_json_values_per_request: int = _setting(
+        "MAX_JSON_VALUES_PER_REQUEST",
+        500_000,
+        _number(int, 1),
+        "Values in a request's JSON, where a list or object counts 20 times: they take far more memory than bytes.",
+    )
     max_request_seconds: float = _setting(
         "MAX_REQUEST_SECONDS",
         600,

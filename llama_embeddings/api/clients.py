@@ -5,6 +5,7 @@ An address is believed from the connection alone, unless the connection is a tru
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import math
 import time
@@ -22,6 +23,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Clients whose buckets are remembered; who has not been heard of for longest is forgotten first.
 MAX_REMEMBERED_CLIENTS = 10_000
+MAX_ADDRESS_LENGTH = 100
 # A provider gives a customer a /64 of IPv6 or more, so that its last half tells nobody apart.
 IPV6_PREFIX = 64
 # Set in the scope of requests that a trusted proxy passed on.
@@ -30,6 +32,12 @@ FROM_TRUSTED_PROXY = "llama_embeddings.from_trusted_proxy"
 
 def parse_address(text: str) -> Address | None:
     """An address as proxies write it: with or without a port, brackets or a zone; None for what is none."""
+    # Longer ones are none, and are not to be kept.
+    return _parse_address(text) if len(text) <= MAX_ADDRESS_LENGTH else None
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED_CLIENTS)
+def _parse_address(text: str) -> Address | None:
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]

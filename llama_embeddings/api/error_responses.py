@@ -36,6 +36,9 @@ STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.ServiceError: 500,
 }
 
+# A list of many wrong elements makes a problem of each, and more of those whose type has variants.
+MAX_DESCRIBED_PROBLEMS = 10
+
 CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -86,15 +89,17 @@ async def _answer_validation_error(request: Request, error: Exception) -> Respon
 
 
 def _describe_validation(problems: Sequence[Any]) -> errors.InvalidInput:
-    """One sentence for all problems; the first one's place. The caller's input is not repeated."""
+    """One sentence for all problems, or for the first of very many; the first one's place. The caller's input is not repeated."""
     first = problems[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         return errors.InvalidInput(f"The body is not valid JSON: {reason} at character {first['loc'][-1]}.")
     sentences = []
-    for problem in problems:
+    for problem in problems[:MAX_DESCRIBED_PROBLEMS]:
         place = ".".join(str(part) for part in problem["loc"][1:]) or str(problem["loc"][0])
         sentences.append(f"{place}: {problem['msg']}")
+    if len(problems) > MAX_DESCRIBED_PROBLEMS:
+        sentences.append(f"and {len(problems) - MAX_DESCRIBED_PROBLEMS} problems more")
     index = next((part for part in first["loc"] if isinstance(part, int)), None)
     # The first name is the parameter; what follows may be the variants of its type that were tried.
     field = next((part for part in first["loc"][1:] if isinstance(part, str)), None)

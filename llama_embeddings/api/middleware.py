@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_embeddings import observability
 from llama_embeddings.api.error_responses import render_error, status_of
+from llama_embeddings.api.json_bounds import SMALL_BODY_BYTES, WEIGHT_OF_CONTAINER, JsonCounter
 from llama_embeddings.errors import Overloaded, ReceiveTimeout, RequestTimeout, RequestTooLarge
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Limits:
 
     max_bytes: int
     max_bytes_in_flight: int
+    max_json_values: int
     receive_seconds: float
     work_seconds: float
 
@@ -156,9 +158,10 @@ class LimitSizeAndTime:
         announced = _find_announced_length(scope)
         clock = _Clock(self._limits, is_receiving=announced != 0)
         n_received = 0
+        counter: JsonCounter | None = None
 
         async def receive_bounded() -> Message:
-            nonlocal n_received
+            nonlocal n_received, counter
             if announced > self._limits.max_bytes:
                 raise self._too_large()
             message = await receive()
@@ -166,7 +169,12 @@ class LimitSizeAndTime:
                 n_received += len(message["body"])
                 self._n_bytes_in_flight += len(message["body"])
                 self._check(n_received)
-                clock.note_received(n_received, is_complete=not message.get("more_body", False))
+                is_complete = not message.get("more_body", False)
+                clock.note_received(n_received, is_complete=is_complete)
+                if counter is None and (not is_complete or n_received > SMALL_BODY_BYTES) and not _is_form(scope):
+                    counter = JsonCounter()
+                if counter is not None:
+                    self._count_values(counter, message["body"])
             return message
 
         async def send_noting_start(message: Message) -> None:
@@ -194,11 +202,24 @@ class LimitSizeAndTime:
                 "(MAX_REQUEST_SIZES_IN_FLIGHT_IN_MB); try again later."
             )
 
+    def _count_values(self, counter: JsonCounter, part: bytes) -> None:
+        counter.feed(part)
+        if counter.n_values > self._limits.max_json_values:
+            raise RequestTooLarge(
+                f"The request's JSON holds more than {self._limits.max_json_values} values "
+                f"(MAX_JSON_VALUES_PER_REQUEST; a list or object counts {WEIGHT_OF_CONTAINER} times). Send it in parts."
+            )
+
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(
             f"The request's body is larger than {self._limits.max_bytes} bytes (MAX_REQUEST_SIZE_IN_MB). "
             "Send it in parts, or raise the setting."
         )
+
+
+def _is_form(scope: Scope) -> bool:
+    """Whether the body is a form with files, which are parsed into files and not into values."""
+    return any(name == b"content-type" and value.startswith(b"multipart/") for name, value in scope["headers"])
 
 
 def _find_announced_length(scope: Scope) -> int:

@@ -57,7 +57,7 @@ class RequireToken:
 
     def _find_refusal(self, scope: Scope) -> ServiceError | None:
         """Why a request's token does not open the door; None if it does."""
-        sent = find_token(Request(scope))
+        sent = find_token(scope)
         if sent is None:
             return InvalidToken("This server asks for a token: send `Authorization: Bearer TOKEN` or `?token=TOKEN`.")
         wait = self._wrong.seconds_until_one(name_client(scope)) if self._wrong is not None else 0.0
@@ -84,12 +84,15 @@ def is_public(scope: Scope) -> bool:
     return address is not None and address.is_global
 
 
-def find_token(request: Request) -> str | None:
+def find_token(scope: Scope) -> str | None:
     """The token of a request, from the header first."""
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and credentials.strip():
-        return credentials.strip()
-    return request.query_params.get("token")
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, credentials = value.decode("latin-1").partition(" ")
+            if scheme.lower() == "bearer" and credentials.strip():
+                return str(credentials.strip())
+            break
+    return Request(scope).query_params.get("token")
 
 
 def describe_security(app: FastAPI, open_paths: frozenset[str]) -> None:

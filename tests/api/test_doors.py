@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -229,6 +230,38 @@ async def test_caller_who_leaves_is_not_taken_for_a_timeout(running: RunningAppl
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", "1", '"a"', "[[]]", '{"a":[1,2]}'])
+async def test_json_of_too_many_values_is_refused_before_it_is_parsed(unit: str, running: RunningApplication) -> None:
+    """A few megabytes of it would take gigabytes and the event loop's time; a document of as many commas does not."""
+    body = f'{{"input": [{",".join([unit] * 600_000)}]}}'
+    started = time.process_time()
+    for path in (OPENAI, EMBED):
+        reply = await running.client.post(path, content=body.encode(), headers=JSON)
+        answer = reply.json()
+        assert (reply.status_code, (answer.get("error") or answer)["code"]) == (413, "request_too_large")
+        assert "MAX_JSON_VALUES_PER_REQUEST" in reply.text
+    assert time.process_time() - started < 5
+    document = await running.client.post(
+        "/get_all_embedding_vectors_for_document/", files={"file": ("list.txt", b"A list of commas: " + b"," * 600_000)}
+    )
+    assert document.status_code != 413
+
+
+async def test_answer_to_many_mistakes_is_short(running: RunningApplication) -> None:
+    """The first ones are named, the others counted."""
+    reply = await running.client.post(OPENAI, json={"input": [{}] * 5000})
+    assert reply.status_code == 422
+    assert len(reply.content) < 2000
+    assert "problems more" in reply.text
+
+
+async def test_json_of_very_deep_lists_is_the_caller_s_mistake(running: RunningApplication) -> None:
+    """Deeper than any parser goes, within the bound on values."""
+    content = b'{"input": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+    reply = await running.client.post(OPENAI, content=content, headers=JSON)
+    assert 400 <= reply.status_code < 500, reply.text
 
 
 # Headers

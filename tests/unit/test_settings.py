@@ -35,6 +35,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "MAX_TEXTS_PER_REQUEST": (1, None),
     "MAX_REQUEST_SIZE_IN_MB": (0.001, None),
     "MAX_REQUEST_SIZES_IN_FLIGHT_IN_MB": (0.001, None),
+    "MAX_JSON_VALUES_PER_REQUEST": (1, None),
     "MAX_REQUEST_SECONDS": (0, None),
     "RECEIVE_TIMEOUT_SECONDS": (0.1, None),
     "MAX_CONNECTIONS": (1, None),
