@@ -89,7 +89,10 @@ async def _answer_validation_error(request: Request, error: Exception) -> Respon
 
 
 def _describe_validation(problems: Sequence[Any]) -> errors.InvalidInput:
-    """One sentence for all problems, or for the first of very many; the first one's place. The caller's input is not repeated."""
+    """One sentence for all problems, or for the first of very many, and the first one's place.
+
+    The caller's input is not repeated.
+    """
     first = problems[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
