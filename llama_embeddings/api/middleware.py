@@ -148,71 +148,86 @@ class LimitSizeAndTime:
 
     def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
         self._app = app
-        self._limits = limits
-        self._n_bytes_in_flight = 0
+        self.limits = limits
+        self.n_bytes_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = _find_announced_length(scope)
-        clock = _Clock(self._limits, is_receiving=announced != 0)
-        n_received = 0
-        counter: JsonCounter | None = None
-
-        async def receive_bounded() -> Message:
-            nonlocal n_received, counter
-            if announced > self._limits.max_bytes:
-                raise self._too_large()
-            message = await receive()
-            if message["type"] == "http.request":
-                n_received += len(message["body"])
-                self._n_bytes_in_flight += len(message["body"])
-                self._check(n_received)
-                is_complete = not message.get("more_body", False)
-                clock.note_received(n_received, is_complete=is_complete)
-                if counter is None and (not is_complete or n_received > SMALL_BODY_BYTES) and not _is_form(scope):
-                    counter = JsonCounter()
-                if counter is not None:
-                    self._count_values(counter, message["body"])
-            return message
-
-        async def send_noting_start(message: Message) -> None:
-            clock.note_answering()
-            await send(message)
-
+        request = _BoundedRequest(self, scope, receive, send)
         try:
-            await self._app(scope, receive_bounded, send_noting_start)
+            await self._app(scope, request.receive, request.send)
         except asyncio.CancelledError:
-            error = clock.take_over_cancellation()
+            error = request.clock.take_over_cancellation()
             if error is None:
                 raise
             await render_error(Request(scope), status_of(error), error)(scope, receive, send)
         finally:
-            clock.stop()
-            self._n_bytes_in_flight -= n_received
+            request.clock.stop()
+            self.n_bytes_in_flight -= request.n_received
 
-    def _check(self, n_received: int) -> None:
-        if n_received > self._limits.max_bytes:
+
+class _BoundedRequest:
+    """One request between its connection and the application."""
+
+    __slots__ = ("_announced", "_counter", "_door", "_receive", "_scope", "_send", "clock", "n_received")
+
+    def __init__(self, door: LimitSizeAndTime, scope: Scope, receive: Receive, send: Send) -> None:
+        self._door = door
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._announced = _find_announced_length(scope)
+        self._counter: JsonCounter | None = None
+        self.clock = _Clock(door.limits, is_receiving=self._announced != 0)
+        self.n_received = 0
+
+    async def send(self, message: Message) -> None:
+        """Pass on a part of the reply; from the first on it takes as long as it takes."""
+        self.clock.note_answering()
+        await self._send(message)
+
+    async def receive(self) -> Message:
+        """The next part of the body. Raises RequestTooLarge, and Overloaded if others' bodies leave no room for it."""
+        if self._announced > self._door.limits.max_bytes:
+            raise self._too_large()
+        message = await self._receive()
+        if message["type"] == "http.request":
+            is_complete = not message.get("more_body", False)
+            self._check_size(len(message["body"]))
+            self._check_values(message["body"], is_complete=is_complete)
+            self.clock.note_received(self.n_received, is_complete=is_complete)
+        return message
+
+    def _check_size(self, n_bytes: int) -> None:
+        door, limits = self._door, self._door.limits
+        self.n_received += n_bytes
+        door.n_bytes_in_flight += n_bytes
+        if self.n_received > limits.max_bytes:
             raise self._too_large()
         # A request that is alone is let in whatever its size, or it never would be.
-        if self._n_bytes_in_flight > self._limits.max_bytes_in_flight and self._n_bytes_in_flight > n_received:
+        if limits.max_bytes_in_flight < door.n_bytes_in_flight != self.n_received:
             raise Overloaded(
-                f"Bodies of {self._limits.max_bytes_in_flight} bytes in all are being worked at already "
+                f"Bodies of {limits.max_bytes_in_flight} bytes in all are being worked at already "
                 "(MAX_REQUEST_SIZES_IN_FLIGHT_IN_MB); try again later."
             )
 
-    def _count_values(self, counter: JsonCounter, part: bytes) -> None:
-        counter.feed(part)
-        if counter.n_values > self._limits.max_json_values:
+    def _check_values(self, part: bytes, *, is_complete: bool) -> None:
+        if self._counter is None:
+            if (is_complete and self.n_received <= SMALL_BODY_BYTES) or _is_form(self._scope):
+                return
+            self._counter = JsonCounter()
+        self._counter.feed(part)
+        if self._counter.n_values > self._door.limits.max_json_values:
             raise RequestTooLarge(
-                f"The request's JSON holds more than {self._limits.max_json_values} values "
+                f"The request's JSON holds more than {self._door.limits.max_json_values} values "
                 f"(MAX_JSON_VALUES_PER_REQUEST; a list or object counts {WEIGHT_OF_CONTAINER} times). Send it in parts."
             )
 
     def _too_large(self) -> RequestTooLarge:
         return RequestTooLarge(
-            f"The request's body is larger than {self._limits.max_bytes} bytes (MAX_REQUEST_SIZE_IN_MB). "
+            f"The request's body is larger than {self._door.limits.max_bytes} bytes (MAX_REQUEST_SIZE_IN_MB). "
             "Send it in parts, or raise the setting."
         )
 

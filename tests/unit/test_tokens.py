@@ -12,6 +12,7 @@ import pytest
 from llama_embeddings.api import tokens
 from llama_embeddings.api.tokens import Tokens, read_tokens_file
 from llama_embeddings.errors import ConfigurationError
+from llama_embeddings.settings import MIN_TOKEN_LENGTH
 
 OWN = "the-server-s-own-token"
 FIRST = "first-token-0123456789"
@@ -137,3 +138,8 @@ def test_file_is_looked_at_once_a_second_at_most(path: Path, monkeypatch: pytest
     for _ in range(1000):
         known.find_holder(FIRST)
     assert len(looks) <= 1
+
+
+def test_tokens_of_the_file_are_as_long_as_the_setting_s_must_be() -> None:
+    """One rule, in the two places that read tokens."""
+    assert tokens.MIN_TOKEN_LENGTH == MIN_TOKEN_LENGTH
