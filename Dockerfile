@@ -31,7 +31,7 @@ ARG LLAMA_CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARI
 COPY requirements.txt ./
 # LLAVA_BUILD is for images as input, which nothing here uses. The directory stays empty in a native build.
 RUN mkdir /opt/ggml \
-    && CMAKE_ARGS="${LLAMA_CMAKE_ARGS} -DLLAVA_BUILD=OFF" pip install --no-cache-dir --requirement requirements.txt
+    && CMAKE_ARGS="${LLAMA_CMAKE_ARGS} -DLLAVA_BUILD=OFF" pip install --no-cache-dir --require-hashes --requirement requirements.txt
 
 # Only what makes the model, so that other changes of the code do not fetch it again.
 COPY llama_embeddings/__init__.py llama_embeddings/errors.py llama_embeddings/

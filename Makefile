@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test bench docs lock clean compiler browser test-docker
+.PHONY: help run test bench docs lock audit clean compiler browser test-docker
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -15,11 +15,14 @@ COMPILED := $(VENV)/.measures-compiled
 # What benchmarks compare with: the server that llama-cpp-python brings, whose requirements are not ours.
 PEER_VENV := .venv-peer
 PEER_INSTALLED := $(PEER_VENV)/.installed
+AUDIT_VENV := .venv-audit
+AUDITOR := pip-audit==2.10.1
 
 # The versions are pinned and tested with 3.11, so that one is looked for first.
 PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3 python3.14
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check --no-input
-PIP_COMPILE := $(VENV_PYTHON) -m piptools compile --quiet --strip-extras --no-allow-unsafe --annotation-style=line \
+PIP_COMPILE := $(VENV_PYTHON) -m piptools compile --quiet --strip-extras --allow-unsafe --generate-hashes \
+	--annotation-style=line \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
 LOCK_OPTIONS :=
 PYTEST_OPTIONS :=
@@ -31,6 +34,7 @@ help:
 	@echo 'make docs         remake the tables of README.md, .env and docs/openapi.json from the code'
 	@echo 'make lock         remake requirements.txt and requirements-dev.txt from their .in files'
 	@echo '                  (LOCK_OPTIONS=--upgrade also takes newer versions of what they need)'
+	@echo 'make audit        ask the public list of vulnerabilities about the requirements (network)'
 	@echo 'make test-docker  run the steps of the Dockerfile in a clean Debian root (root, debootstrap, 15 minutes)'
 	@echo 'make clean        remove the environment and caches; database, models and logs stay'
 
@@ -60,8 +64,16 @@ lock: $(VENV_PYTHON)
 	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements.txt requirements.in
 	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements-dev.txt requirements-dev.in
 
+# In an environment of its own, so that nothing of it gets into the server's. With --strict, a package that cannot be
+# asked about is a failure: no answer is not a clean bill.
+audit: $(VENV_PYTHON)
+	$(VENV_PYTHON) -m venv --clear $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --disable-pip-version-check --no-input --quiet $(AUDITOR)
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --requirement requirements.txt
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --requirement requirements-dev.txt
+
 clean:
-	rm -rf $(VENV) $(PEER_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER_VENV) $(AUDIT_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV_PYTHON): | compiler
@@ -83,7 +95,7 @@ $(VENV_PYTHON): | compiler
 
 $(INSTALLED): requirements.txt $(VENV_PYTHON) | compiler
 	@echo 'Installing requirements.txt; the first time llama.cpp is built, this takes some minutes, once.'
-	$(PIP_INSTALL) -r requirements.txt
+	$(PIP_INSTALL) --require-hashes -r requirements.txt
 	@touch $@
 
 # The server compiles what is missing, too, so a failure here is no reason not to start it.
@@ -92,7 +104,7 @@ $(COMPILED): similarity_measures.py $(INSTALLED)
 	-@$(VENV_PYTHON) -c 'import similarity_measures; similarity_measures.warm_up()' && touch $@
 
 $(INSTALLED_FOR_TESTS): requirements-dev.txt $(INSTALLED)
-	$(PIP_INSTALL) -r requirements-dev.txt
+	$(PIP_INSTALL) --require-hashes -r requirements-dev.txt
 	@touch $@
 
 $(PEER_INSTALLED): requirements.txt $(INSTALLED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -32,6 +34,7 @@ from llama_embeddings.api import (
     health,
     laboratory,
     llama_cpp_server,
+    metrics,
     native,
     ollama,
     openai,
@@ -41,10 +44,13 @@ from llama_embeddings.api import (
     tei,
 )
 from llama_embeddings.api import search as search_routes
+from llama_embeddings.api.clients import LimitRequests, TrustProxies
+from llama_embeddings.api.connections import ConnectionLimits, make_protocol, raise_descriptor_limit
 from llama_embeddings.api.error_responses import install_error_handlers
-from llama_embeddings.api.middleware import BodyLimit, RequestContext
+from llama_embeddings.api.middleware import Limits, LimitSizeAndTime, RequestContext
 from llama_embeddings.api.replies import EXPOSED_HEADERS
-from llama_embeddings.api.security import RequireToken, describe_security
+from llama_embeddings.api.security import OPEN_PATHS, RequireToken, describe_security
+from llama_embeddings.api.tokens import Tokens
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
 from llama_embeddings.documents.reader import DocumentReader
@@ -62,10 +68,12 @@ from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.readiness import ReadinessService
 from llama_embeddings.services.rerank import RerankMethod, RerankService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.similarity_scales import SimilarityScales
+from llama_embeddings.services.statistics import StatisticsService
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 from llama_embeddings.services.token_index import TokenIndex, TokenVectors
@@ -119,20 +127,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
         # Nothing is reported to anybody, and asking for each request whether it should be takes time.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.ready_timeout_seconds = settings.ready_timeout_seconds
-    app.add_middleware(BodyLimit, max_bytes=int(settings.max_request_size_in_mb * MEGABYTE))
-    app.add_middleware(RequireToken, token=find_security_token(settings))
-    origins = settings.allowed_origins()
-    if origins:
-        # Outside of the door, as browsers ask without a token whether they may come with one.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=EXPOSED_HEADERS,
-        )
-    app.add_middleware(RequestContext)
+    guard(app, settings)
     install_error_handlers(app)
     # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
@@ -142,10 +137,50 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     for dialect in (tei, ollama, cohere, shared_routes, llama_cpp_server, small_services):
         app.include_router(dialect.router)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.include_router(pages.router)
     pages.mount_static_files(app)
-    describe_security(app)
     return app
+
+
+def guard(app: FastAPI, settings: Settings) -> None:
+    """What every request passes through before it is answered; the last one added is passed first."""
+    state = app.state
+    state.version = VERSION
+    state.meter = observability.RequestMeter()
+    state.connection_limits = ConnectionLimits(settings.max_connections, settings.receive_timeout_seconds)
+    state.process_collectors = metrics.make_process_collectors()
+    limits = Limits(
+        max_bytes=int(settings.max_request_size_in_mb * MEGABYTE),
+        max_bytes_in_flight=int(settings.max_request_sizes_in_flight_in_mb * MEGABYTE),
+        max_json_values=settings.max_json_values_per_request,
+        receive_seconds=settings.receive_timeout_seconds,
+        work_seconds=settings.max_request_seconds or math.inf,
+    )
+    app.add_middleware(LimitSizeAndTime, limits=limits)
+    open_paths = OPEN_PATHS if settings.metrics_require_token else OPEN_PATHS | {"/metrics"}
+    describe_security(app, open_paths)
+    if settings.requires_token:
+        app.add_middleware(
+            RequireToken,
+            tokens=open_tokens(settings),
+            open_paths=open_paths,
+            max_wrong_per_minute=settings.max_wrong_tokens_per_minute,
+        )
+    if origins := settings.allowed_origins():
+        # Outside of the door, as browsers ask without a token whether they may come with one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    if settings.max_requests_per_minute:
+        app.add_middleware(LimitRequests, per_minute=settings.max_requests_per_minute)
+    if settings.trusted_networks():
+        app.add_middleware(TrustProxies, networks=settings.trusted_networks())
+    app.add_middleware(RequestContext, meter=state.meter, slow_request_seconds=settings.slow_request_seconds)
 
 
 async def start_services(settings: Settings, backend: Backend | None, stack: AsyncExitStack) -> Services:
@@ -291,6 +326,8 @@ def make_services(
         limits=limits,
         default_truncation=truncation,
         max_texts_in_flight=settings.max_concurrent_parallel_inference_tasks,
+        readiness=ReadinessService(store, models, timeout_seconds=settings.ready_timeout_seconds),
+        statistics=StatisticsService(store, models, embeddings, indexing, memory),
     )
 
 
@@ -299,12 +336,21 @@ def open_token_table(settings: Settings) -> dict[int, bytes] | None:
     return read_token_table(Path(settings.cl100k_table_path)) if settings.cl100k_table_path else None
 
 
+def open_tokens(settings: Settings) -> Tokens:
+    """The tokens that open the door. Raises ConfigurationError if a file that should hold them does not."""
+    path = Path(settings.security_tokens_file).expanduser() if settings.security_tokens_file else None
+    return Tokens(find_security_token(settings), path)
+
+
 def find_security_token(settings: Settings) -> str | None:
-    """The token that callers need: the one given, the one made at an earlier start, or a new one, printed once."""
-    if not settings.requires_token:
-        return None
+    """The server's own token: the one given, the one made at an earlier start, or a new one, printed once.
+
+    None where a file has all tokens.
+    """
     if settings.security_token:
         return settings.security_token
+    if not settings.use_security_token:
+        return None
     path = settings.security_token_path
     if path.exists():
         return _read_secret(path)
@@ -361,7 +407,8 @@ def main() -> int:
     """Read the settings, serve until stopped. A problem with the settings is one line and exit code 1."""
     try:
         settings = load_settings()
-        observability.configure_logging(settings.log_directory, settings.log_level)
+        observability.configure_logging(settings.log_directory, settings.log_level, settings.log_format)
+        raise_descriptor_limit(settings.max_connections)
         app = create_app(settings)
         listener = bind(settings)
     except ServiceError as error:
@@ -393,10 +440,12 @@ async def serve(app: FastAPI, listener: socket.socket) -> None:
             backlog=BACKLOG,
             # Run here, so that a failure to start is ours to explain.
             lifespan="off",
+            http=make_protocol(app.state.connection_limits),
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
         )
     )
     async with app.router.lifespan_context(app):
+        stop_being_ready_first(server, app)
         # The server raises the signal that ended it again when it is done; the parts must still be stopped then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
@@ -405,6 +454,17 @@ async def serve(app: FastAPI, listener: socket.socket) -> None:
         gc.freeze()
         gc.set_threshold(*GARBAGE_COLLECTION_THRESHOLDS)
         await server.serve(sockets=[listener])
+
+
+def stop_being_ready_first(server: uvicorn.Server, app: FastAPI) -> None:
+    """Let `/ready` say that the server stops from the moment it is asked to, on connections that are still served."""
+    handle_exit = server.handle_exit
+
+    def handle(sig: int, frame: FrameType | None) -> None:
+        app.state.services.readiness.stop()
+        handle_exit(sig, frame)
+
+    server.handle_exit = handle  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ and to each dialect's body; a class that is not in its table falls back to its n
     │   ├── ContextLengthExceeded    longer than the model's window, and truncation was refused
     │   ├── UnsupportedMeasure
     │   ├── RequestTooLarge
+    │   ├── ReceiveTimeout           its body came in too slowly
     │   ├── UnsupportedDocumentType
     │   └── UnreadableDocument       the right type, but damaged, encrypted or without text
     ├── NotFound
@@ -18,6 +19,8 @@ and to each dialect's body; a class that is not in its table falls back to its n
     │   ├── Overloaded
     │   ├── ModelLoading
     │   ├── ShuttingDown
+    │   ├── RequestTimeout           worked at for too long, and given up
+    │   ├── NotReady                 a part of the server is not in order; asked by `/ready` alone
     │   ├── StoreBusy
     │   └── StoreFull
     ├── InferenceFailed              the engine gave no usable vector for this text
@@ -83,6 +86,10 @@ class RequestTooLarge(InvalidInput):
     code = "request_too_large"
 
 
+class ReceiveTimeout(InvalidInput):
+    code = "receive_timeout"
+
+
 class UnsupportedDocumentType(InvalidInput):
     code = "unsupported_document_type"
 
@@ -129,6 +136,14 @@ class ModelLoading(Unavailable):
 
 class ShuttingDown(Unavailable):
     code = "shutting_down"
+
+
+class RequestTimeout(Unavailable):
+    code = "request_timeout"
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
 
 
 class StoreBusy(Unavailable):

@@ -14,12 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from decouple import Config, RepositoryEmpty, RepositoryEnv
 
 from llama_embeddings.errors import ConfigurationError
 
 MIN_TOKEN_LENGTH = 16
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parent.parent
 
@@ -185,6 +188,42 @@ class Settings:
         "Origins whose web pages may call the server, as `https://host:port` separated by commas, or `*` for all; "
         "none by default.",
     )
+    max_request_sizes_in_flight_in_mb: float = _setting(
+        "MAX_REQUEST_SIZES_IN_FLIGHT_IN_MB",
+        200,
+        _number(float, 0.001),
+        "Bodies of all requests that are being answered, together; beyond that, callers get 429. Never less than the "
+        "largest single one.",
+    )
+    max_json_values_per_request: int = _setting(
+        "MAX_JSON_VALUES_PER_REQUEST",
+        500_000,
+        _number(int, 1),
+        "Values in a request's JSON, where a list or object counts 20 times: they take far more memory than bytes.",
+    )
+    max_request_seconds: float = _setting(
+        "MAX_REQUEST_SECONDS",
+        600,
+        _number(float, 0),
+        "Longest time from a request's last byte to the reply's first; then the work is given up with 503. 0 for none.",
+    )
+    receive_timeout_seconds: float = _setting(
+        "RECEIVE_TIMEOUT_SECONDS",
+        20,
+        _number(float, 0.1),
+        "Time for a request's headers, and for its body; each 10 kB that come in give a body another second. Also the "
+        "time after which a client that takes none of its reply is cut off.",
+    )
+    max_connections: int = _setting(
+        "MAX_CONNECTIONS", 2000, _number(int, 1), "Open connections; further ones are closed at once."
+    )
+    max_requests_per_minute: int = _setting(
+        "MAX_REQUESTS_PER_MINUTE",
+        0,
+        _number(int, 0),
+        "Requests of one client (an address; of IPv6 its /64 network) a minute, evenly or in one burst; beyond that, "
+        "429. 0 for no bound.",
+    )
     minimum_string_length_for_document_embedding: int = _setting(
         "MINIMUM_STRING_LENGTH_FOR_DOCUMENT_EMBEDDING",
         15,
@@ -230,6 +269,26 @@ class Settings:
     security_token: str = _setting(
         "SECURITY_TOKEN", "", _text, "The token, at least 16 characters. Setting it turns USE_SECURITY_TOKEN on."
     )
+    security_tokens_file: str = _setting(
+        "SECURITY_TOKENS_FILE",
+        "",
+        _text,
+        "File with further tokens, one a line, each with a name in front if you like; read again when it changes. "
+        "Naming it turns USE_SECURITY_TOKEN on.",
+    )
+    max_wrong_tokens_per_minute: int = _setting(
+        "MAX_WRONG_TOKENS_PER_MINUTE",
+        30,
+        _number(int, 0),
+        "Wrong tokens that one public address may try a minute before it is refused with 429. 0 for no bound.",
+    )
+    trusted_proxies: str = _setting(
+        "TRUSTED_PROXIES",
+        "",
+        _text,
+        "Addresses and networks of reverse proxies, separated by commas, whose `X-Forwarded-For`, "
+        "`X-Forwarded-Proto` and `client_ip` are believed.",
+    )
     security_token_path: Path = _setting(
         "SECURITY_TOKEN_PATH", "security_token", _path, "File that keeps a token made by the server (mode 0600)."
     )
@@ -239,11 +298,23 @@ class Settings:
         _boolean,
         "Listen on an address other than this machine's own without asking for a token.",
     )
+    metrics_require_token: bool = _setting(
+        "METRICS_REQUIRE_TOKEN", True, _boolean, "Ask for the token at `/metrics`, too, where one is asked for."
+    )
     ready_timeout_seconds: float = _setting(
         "READY_TIMEOUT_SECONDS", 10, _number(float, 0.1), "Deadline of the embedding that `/ready` makes."
     )
     log_directory: Path = _setting("LOG_DIRECTORY", ".", _path, "Where the log file and `old_logs/` lie.")
     log_level: str = _setting("LOG_LEVEL", "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "How much is logged.")
+    log_format: str = _setting(
+        "LOG_FORMAT", "text", _choice("text", "json"), "Lines for people, or one JSON object a line."
+    )
+    slow_request_seconds: float = _setting(
+        "SLOW_REQUEST_SECONDS",
+        10,
+        _number(float, 0),
+        "Requests that take longer are logged with what took the time. 0 for never.",
+    )
 
     def __post_init__(self) -> None:
         if self.security_token and len(self.security_token) < MIN_TOKEN_LENGTH:
@@ -256,12 +327,31 @@ class Settings:
                 "USE_SECURITY_TOKEN=True, or ALLOW_UNAUTHENTICATED_NETWORK_ACCESS=True if that is what you want.",
                 setting="LISTEN_HOST",
             )
+        self._check_hub_endpoint()
         self.aliases()
         self.allowed_origins()
+        self.trusted_networks()
+
+    def _check_hub_endpoint(self) -> None:
+        parts = urlsplit(self.hub_endpoint)
+        is_local = parts.scheme == "http" and is_loopback(parts.hostname or "")
+        if not parts.hostname or (parts.scheme != "https" and not is_local):
+            raise ConfigurationError("HF_ENDPOINT must begin with https://.", setting="HF_ENDPOINT")
 
     @property
     def requires_token(self) -> bool:
-        return self.use_security_token or bool(self.security_token)
+        return self.use_security_token or bool(self.security_token) or bool(self.security_tokens_file)
+
+    def trusted_networks(self) -> tuple[Network, ...]:
+        """TRUSTED_PROXIES as networks. Raises ConfigurationError for what is neither an address nor a network."""
+        places = [place.strip() for place in self.trusted_proxies.split(",") if place.strip()]
+        try:
+            return tuple(ipaddress.ip_network(place) for place in places)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"TRUSTED_PROXIES must hold addresses or networks such as 10.0.0.0/8: {error}.",
+                setting="TRUSTED_PROXIES",
+            ) from None
 
     def aliases(self) -> dict[str, str]:
         """MODEL_ALIASES as a mapping. Raises ConfigurationError for a pair that is not one."""

@@ -161,7 +161,7 @@ def wait_until_healthy(process: subprocess.Popen[bytes], directory: Path) -> str
     output = directory / OUTPUT_FILE_NAME
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        announced = re.search(r"will answer on (http://\S+)", output.read_text())
+        announced = re.search(r"will answer on (http://[^\s\"]+)", output.read_text())
         if announced is not None and answers(announced[1]):
             return announced[1]
         time.sleep(0.05)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from fastapi import Depends, Query, Request
 
 from embeddings_data_models import CollectionName, RequestStamp
+from llama_embeddings.api.clients import FROM_TRUSTED_PROXY
 from llama_embeddings.services.container import Services
 
 LARGEST_INTEGER = 2**63 - 1  # the database's
@@ -29,10 +30,13 @@ def stamp_connection(request: Request) -> RequestStamp:
 async def _stamp(
     request: Request,
     client_ip: Annotated[
-        str | None, Query(max_length=64, description="Address to note as the caller's, instead of the connection's.")
+        str | None,
+        Query(max_length=64, description="Address to note as the caller's; only believed from TRUSTED_PROXIES."),
     ] = None,
 ) -> RequestStamp:
-    return RequestStamp(ip_address=client_ip) if client_ip else stamp_connection(request)
+    if client_ip and FROM_TRUSTED_PROXY in request.scope:
+        return RequestStamp(ip_address=client_ip)
+    return stamp_connection(request)
 
 
 CurrentServices = Annotated[Services, Depends(get_services)]

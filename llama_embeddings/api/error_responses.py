@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.InvalidInput: 400,
+    errors.ReceiveTimeout: 408,
     errors.RequestTooLarge: 413,
     errors.UnsupportedDocumentType: 415,
     errors.UnreadableDocument: 422,
@@ -34,6 +35,9 @@ STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.DownloadFailed: 502,
     errors.ServiceError: 500,
 }
+
+# A list of many wrong elements makes a problem of each, and more of those whose type has variants.
+MAX_DESCRIBED_PROBLEMS = 10
 
 CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -52,6 +56,7 @@ DESCRIPTIONS = {
     400: "The request is malformed; the message names what is wrong.",
     401: "The token is missing or wrong.",
     404: "The model is not known; the message lists those that are.",
+    408: "The body came in too slowly.",
     413: "The request is larger than a setting allows; the message names it.",
     415: "Documents of this type are not supported; the message lists those that are.",
     422: "A field is missing or has a wrong type, or a document cannot be read.",

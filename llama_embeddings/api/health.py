@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from embeddings_data_models import HealthResponse, ReadyResponse
 from llama_embeddings.api.dependencies import CurrentServices
@@ -17,8 +17,13 @@ async def health() -> HealthResponse:
     return HealthResponse(status="alive")
 
 
-@router.get("/ready", responses=describe_statuses(401, 500, 503))
-async def ready(request: Request, services: CurrentServices) -> ReadyResponse:
-    """A real embedding was made for this answer, past all caches, within READY_TIMEOUT_SECONDS."""
-    seconds = await services.models.compute_probe(timeout_seconds=request.app.state.ready_timeout_seconds)
-    return ReadyResponse(status="ready", model_name=services.models.resolve(None), embedding_seconds=round(seconds, 6))
+@router.get("/ready", responses=describe_statuses(401, 503))
+async def ready(services: CurrentServices) -> ReadyResponse:
+    """The database took a write, and a real embedding was made for this answer, within READY_TIMEOUT_SECONDS.
+
+    Past all caches, and in front of what waits: a server that is busy is ready. A 503 says what is wrong.
+    """
+    found = await services.readiness.check()
+    return ReadyResponse(
+        status="ready", model_name=found.model_name, embedding_seconds=round(found.embedding_seconds, 6)
+    )

@@ -516,7 +516,12 @@ class Transfer:
         headers = build_hf_headers(token=self._token) | {"Accept-Encoding": "identity"}
         # A session of its own: the client's shared one is closed for all when one request of one thread fails.
         with (
-            httpx2.Client(headers=headers, follow_redirects=True, timeout=ANSWER_TIMEOUT_SECONDS) as session,
+            httpx2.Client(
+                headers=headers,
+                follow_redirects=True,
+                timeout=ANSWER_TIMEOUT_SECONDS,
+                event_hooks={"request": [check_encrypted]},
+            ) as session,
             unfinished.open("ab", buffering=0) as file,
         ):
             with explaining(remote.repository, remote.name, remote.commit):
@@ -577,6 +582,12 @@ class Transfer:
             if self._closing.wait(min(pause, LONGEST_PAUSE_SECONDS)):
                 raise ShuttingDown("The server is shutting down; the download goes on at its next start.")
         raise DownloadFailed(f"{name} was interrupted {LARGEST_NUMBER_OF_ATTEMPTS} times. Start it again later.")
+
+
+def check_encrypted(request: httpx2.Request) -> None:
+    """Asked before every request, those after a redirect included. Raises DownloadFailed for one without https."""
+    if request.url.scheme != "https" and not is_loopback(request.url.host):
+        raise DownloadFailed(f"The hub sends on to {request.url.host!r} without https; nothing is taken from there.")
 
 
 def cut_to_nothing(file: FileIO) -> None:

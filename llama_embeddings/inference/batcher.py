@@ -242,15 +242,16 @@ class Batcher:
 
     # -- the callers' side, on the event loop --------------------------------------------------------------------
 
-    async def compute(self, jobs: Sequence[Job]) -> list[JobResult | ServiceError]:
+    async def compute(self, jobs: Sequence[Job], *, is_probe: bool = False) -> list[JobResult | ServiceError]:
         """Compute all jobs; the answer has one result or one error per job, in order.
 
-        Raises Overloaded if too much is waiting already and ShuttingDown after `stop`.
+        Raises Overloaded if too much is waiting already and ShuttingDown after `stop`. A probe is never too much, and
+        its jobs come next.
         """
         if not jobs:
             return []
         group = self._make_group(jobs)
-        self._enqueue(group)
+        self._enqueue(group, is_probe=is_probe)
         try:
             return await group.future
         except asyncio.CancelledError:
@@ -274,21 +275,24 @@ class Batcher:
             n_open=len(jobs),
         )
 
-    def _enqueue(self, group: _Group) -> None:
+    def _enqueue(self, group: _Group, *, is_probe: bool) -> None:
         queue = self._queue
         with queue.lock:
-            self._check_admission()
-            queue.add(group, self._small_tokens)
+            self._check_admission(is_probe=is_probe)
+            if is_probe:
+                queue.small.appendleft(group)
+            else:
+                queue.add(group, self._small_tokens)
             queue.n_texts += len(group.jobs)
             queue.n_tokens += group.n_waiting_tokens
             queue.wake(len(group.jobs))
 
-    def _check_admission(self) -> None:
+    def _check_admission(self, *, is_probe: bool) -> None:
         if self.failure is not None:
             raise InferenceFailed(STOPPED_MESSAGE)
         if self._queue.stopping:
             raise ShuttingDown("The server is shutting down.", retry_after_seconds=5.0)
-        if self._queue.n_tokens >= self._limits.max_queued_tokens:
+        if self._queue.n_tokens >= self._limits.max_queued_tokens and not is_probe:
             raise Overloaded(
                 f"{self._queue.n_texts} texts ({self._queue.n_tokens} tokens) are waiting already; try again later.",
                 retry_after_seconds=self._estimate_wait(),

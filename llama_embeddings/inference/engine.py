@@ -205,9 +205,12 @@ class EmbeddingEngine:
         return PreparedText((np.concatenate((frame.head, kept, frame.tail)),), n_over)
 
     async def embed(
-        self, texts: Sequence[PreparedText], *, wants_rows: bool = False
+        self, texts: Sequence[PreparedText], *, wants_rows: bool = False, is_probe: bool = False
     ) -> list[EngineResult | ServiceError]:
-        """Compute prepared texts; one result or one error per text, in order. Raises Overloaded, ShuttingDown."""
+        """Compute prepared texts; one result or one error per text, in order. Raises Overloaded, ShuttingDown.
+
+        A probe asks whether the engine works, and is let in front of what waits, however much that is.
+        """
         if self.info.pooling is Pooling.RANK:
             raise InvalidInput(
                 f"The model {self.info.name!r} is a reranker: it scores pairs and gives no embeddings. "
@@ -217,7 +220,7 @@ class EmbeddingEngine:
         if not texts:
             return []
         jobs = [Job(part, wants_rows) for text in texts for part in text.parts]
-        outcomes = iter(await self.batcher.compute(jobs))
+        outcomes = iter(await self.batcher.compute(jobs, is_probe=is_probe))
         return [self._combine(text, [next(outcomes) for _ in text.parts]) for text in texts]
 
     def _combine(self, text: PreparedText, outcomes: Sequence[JobResult | ServiceError]) -> EngineResult | ServiceError:

@@ -11,9 +11,11 @@ from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.models import ModelService
+from llama_embeddings.services.readiness import ReadinessService
 from llama_embeddings.services.rerank import RerankService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
+from llama_embeddings.services.statistics import StatisticsService
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 from llama_embeddings.services.tokenization import TokenizationService
@@ -37,3 +39,5 @@ class Services:
     limits: TextLimits
     default_truncation: Truncation
     max_texts_in_flight: int
+    readiness: ReadinessService
+    statistics: StatisticsService

@@ -30,6 +30,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import ServiceError, Unavailable
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
+from llama_embeddings.observability import TimedStore, note_engine
 from llama_embeddings.services.forgotten_rows import ForgottenRows
 from llama_embeddings.services.indexing import IndexService
 from llama_embeddings.services.known_texts import KnownTexts
@@ -257,7 +258,10 @@ class EmbeddingService:
         return {key: outcomes[key[0]] for key in flight.keys}
 
     async def _find_stored(self, hashes: list[str], task: _Task, recipe: str) -> dict[str, EmbeddingAnswer]:
-        found = await self._store.find_embeddings(hashes, task.model_name, recipe) if hashes else {}
+        if not hashes:
+            return {}
+        with TimedStore():
+            found = await self._store.find_embeddings(hashes, task.model_name, recipe)
         for text_hash, embedding in found.items():
             self._memory.put((text_hash, task.model_name, recipe), embedding)
         return {text_hash: EmbeddingAnswer(embedding, Source.STORE) for text_hash, embedding in found.items()}
@@ -288,6 +292,7 @@ class EmbeddingService:
         for text_hash, embedding in kept.items():
             result = results[text_hash]
             assert isinstance(result, EngineResult)
+            note_engine(queue_seconds=result.queue_seconds, compute_seconds=result.compute_seconds)
             outcomes[text_hash] = EmbeddingAnswer(
                 embedding, Source.COMPUTED, result.queue_seconds, result.compute_seconds
             )
@@ -315,7 +320,8 @@ class EmbeddingService:
         if not rows:
             return {}
         try:
-            row_ids = await self._store.add_embeddings(rows)
+            with TimedStore():
+                row_ids = await self._store.add_embeddings(rows)
         except Unavailable:
             if rows[0].is_searchable:
                 raise

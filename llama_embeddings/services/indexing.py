@@ -147,6 +147,10 @@ class IndexService:
         index = self._indexes.get(model_name, family)
         return len(index) if index is not None else 0
 
+    def sizes(self) -> dict[Key, int]:
+        """The same for all, by model name and recipe family."""
+        return self._indexes.sizes()
+
     async def search(
         self,
         model_name: str,

@@ -171,7 +171,7 @@ class ModelService:
         return self._cache.loaded()
 
     async def compute_probe(self, *, timeout_seconds: float) -> float:
-        """Make a real embedding with the default model, past all caches; returns the seconds it took.
+        """Make a real embedding with the default model, past caches and queue; returns the seconds it took.
 
         Raises what the engine raises, and InferenceFailed when the deadline passes.
         """
@@ -179,7 +179,7 @@ class ModelService:
         started = loop.time()
         try:
             async with asyncio.timeout(timeout_seconds), self.lease(None) as engine:
-                await _embed(engine, [PROBE_TEXT])
+                await _embed(engine, [PROBE_TEXT], is_probe=True)
         except TimeoutError:
             raise InferenceFailed(f"The engine gave no embedding within {timeout_seconds:g} s.") from None
         return loop.time() - started
@@ -210,9 +210,9 @@ class ModelService:
         return await asyncio.to_thread(self._catalogue.clear_ramdisk)
 
 
-async def _embed(engine: EmbeddingEngine, texts: list[str]) -> np.ndarray:
+async def _embed(engine: EmbeddingEngine, texts: list[str], *, is_probe: bool = False) -> np.ndarray:
     prepared = raise_refusals(await engine.prepare(texts, Truncation.RIGHT))
-    return np.stack([outcome.vector for outcome in raise_refusals(await engine.embed(prepared))])
+    return np.stack([outcome.vector for outcome in raise_refusals(await engine.embed(prepared, is_probe=is_probe))])
 
 
 _Outcome = TypeVar("_Outcome")

@@ -147,6 +147,11 @@ def parse_database_url(database_url: str) -> URL:
     return url.set(drivername="sqlite+aiosqlite")
 
 
+def find_file(url: URL) -> Path:
+    """Where the database of a checked URL lies."""
+    return Path(str(url.database)).absolute()
+
+
 def _refuse_url(reason: str) -> ConfigurationError:
     message = f"DATABASE_URL {reason}. Give it as sqlite+aiosqlite:///embeddings.sqlite."
     return ConfigurationError(message, setting="DATABASE_URL")
@@ -154,7 +159,7 @@ def _refuse_url(reason: str) -> ConfigurationError:
 
 def find_database_file(database_url: str) -> Path:
     """The file that DATABASE_URL names, there or not. Raises ConfigurationError."""
-    return Path(str(parse_database_url(database_url).database))
+    return find_file(parse_database_url(database_url))
 
 
 def create_writer_engine(url: URL, *, cache_in_mb: int = WRITER_CACHE_IN_MB) -> Engine:
@@ -301,6 +306,18 @@ def inspect_file(path: Path, newest_version: int) -> None:
             _inspect(connection, path, newest_version)
     except sqlite3.DatabaseError as error:
         raise _describe_inspection(error, path) from error
+
+
+def inspect_header(path: Path) -> None:
+    """Read a database's first pages afresh, past the caches of open connections. Raises as `inspect_file` does."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            [application_id] = connection.execute("PRAGMA application_id").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise _describe_inspection(error, path) from error
+    if application_id != APPLICATION_ID:
+        raise StoreUnusable(f"{path} is a database of another program.")
 
 
 def _inspect(connection: sqlite3.Connection, path: Path, newest_version: int) -> None:

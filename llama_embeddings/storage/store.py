@@ -52,8 +52,9 @@ from llama_embeddings.storage.engine import (
     create_writer_engine,
     describe_fault,
     fetch_by_ids,
-    find_database_file,
+    find_file,
     inspect_file,
+    inspect_header,
     parse_database_url,
     vacuum_into,
 )
@@ -105,6 +106,8 @@ class EmbeddingStore:
         self._write_queue = write_queue
         self._collection_names = CollectionNames()
         self._full_text = FullTextFollower(write_queue, self._read_full_text_position)
+        self._path = find_file(url)
+        self._inode = self._path.stat().st_ino
 
     @classmethod
     async def open(
@@ -128,7 +131,7 @@ class EmbeddingStore:
             StoreBusy, StoreFull: the file cannot be written now.
         """
         url = parse_database_url(database_url)
-        await asyncio.to_thread(inspect_file, find_database_file(database_url), find_newest_version())
+        await asyncio.to_thread(inspect_file, find_file(url), find_newest_version())
         backoff = Backoff(max_retries, retry_delay_base_seconds, jitter_factor)
         writer = create_writer_engine(url, cache_in_mb=writer_cache_in_mb)
         try:
@@ -149,7 +152,7 @@ class EmbeddingStore:
     @property
     def path(self) -> Path:
         """The database file."""
-        return Path(str(self._writer.url.database))
+        return self._path
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
@@ -493,9 +496,29 @@ class EmbeddingStore:
     async def check_writable(self) -> None:
         """Commit a write that changes nothing. Raises StoreBusy or StoreFull, within some two seconds."""
         try:
-            await asyncio.wait_for(self._write_queue.submit(writes.probe, None), PROBE_TIMEOUT_SECONDS)
+            await asyncio.wait_for(self._write_queue.submit(writes.probe, None, is_probe=True), PROBE_TIMEOUT_SECONDS)
         except TimeoutError:
             raise StoreBusy(f"The database took no write for {PROBE_TIMEOUT_SECONDS:.0f} seconds.") from None
+
+    async def check_file(self) -> None:
+        """Look whether the file is still the one that was opened, and a database.
+
+        Raises StoreUnusable for one that was deleted, replaced or overwritten: what is written goes nowhere then.
+        """
+        await asyncio.to_thread(self._check_file_now)
+
+    def _check_file_now(self) -> None:
+        try:
+            is_same = self._path.stat().st_ino == self._inode
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise StoreUnusable("The database file was deleted or replaced. Stop the server and restore the file.")
+        inspect_header(self._path)
+
+    def size_in_bytes(self) -> int:
+        """Of the file and its log; 0 if there is none."""
+        return sum(path.stat().st_size for path in (self._path, Path(f"{self._path}-wal")) if path.exists())
 
     async def statistics(self) -> StoreStatistics:
         """Row counts (from the smallest index of each table) and the figures of the write queue."""

@@ -98,10 +98,13 @@ class WriteQueue:
             await asyncio.wait([self._task])
         self._thread.shutdown()
 
-    async def submit(self, function: WriteFunction[Payload, Result], payload: Payload) -> Result:
+    async def submit(
+        self, function: WriteFunction[Payload, Result], payload: Payload, *, is_probe: bool = False
+    ) -> Result:
         """Queue a write and wait for its commit. If the caller is cancelled, the write happens all the same.
 
-        Neighbouring writes with the same function are handed to it together.
+        Neighbouring writes with the same function are handed to it together. A probe asks whether the database
+        takes writes, and is queued however many wait.
 
         Raises:
             StoreBusy: the queue is full, or the database stayed locked beyond the retries.
@@ -110,7 +113,7 @@ class WriteQueue:
         """
         if self._is_stopping or self._task is None or self._task.done():
             raise ShuttingDown("The store is shutting down and takes no more writes.")
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) >= self._max_waiting and not is_probe:
             raise StoreBusy(f"{self._max_waiting} writes are waiting for the database already. Try again later.")
         write = _Write(function, payload, asyncio.get_running_loop().create_future())
         write.answer.add_done_callback(_mark_retrieved)

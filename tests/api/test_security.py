@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,9 +177,38 @@ def test_open_address_is_served_with_a_token_or_with_permission(
         assert TOKEN not in server.output
 
 
+def test_tokens_of_a_file_can_be_changed_while_the_server_runs(tmp_path: Path) -> None:
+    """Added and revoked within seconds; on an address of the network no other token is needed, and none is made."""
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text(f"first {TOKEN}\n")
+    settings = {"LISTEN_HOST": "0.0.0.0", "SECURITY_TOKENS_FILE": str(tokens)}
+    added = "another-token-for-tests-5678"
+    with start_server(tmp_path, settings) as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+
+        def ask(token: str) -> int:
+            headers = {"Authorization": f"Bearer {token}"}
+            return httpx.get(f"{url}/v1/models", headers=headers, trust_env=False).status_code
+
+        assert [ask(TOKEN), ask(added)] == [200, 401]
+        tokens.write_text(f"second {added}\n")
+        deadline = time.monotonic() + 10
+        while [ask(TOKEN), ask(added)] != [401, 200]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert TOKEN not in server.output
+        assert added not in server.output
+        assert "GET /v1/models 200" in server.output
+        assert " by first\n" in server.output
+    assert not (tmp_path / "security_token").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("SECURITY_TOKENS_FILE", "/no/such/file"),
+        ("TRUSTED_PROXIES", "proxy.example"),
+        ("HF_ENDPOINT", "http://hub.example"),
         ("LLAMA_EMBEDDING_SERVER_LISTEN_PORT", "eighty"),
         ("DEFAULT_MODEL_NAME", "no-such-model"),
         ("DATABASE_URL", "nonsense"),

@@ -51,7 +51,8 @@ SOLE_IMPORTERS = {
 CONFINED_LIBRARIES = {
     "fastapi": {f"{PACKAGE}.api", COMPOSITION_ROOT},
     "starlette": {f"{PACKAGE}.api", COMPOSITION_ROOT},
-    "uvicorn": {COMPOSITION_ROOT},
+    "uvicorn": {f"{PACKAGE}.api", COMPOSITION_ROOT},
+    "prometheus_client": {f"{PACKAGE}.api"},
     "sqlalchemy": {f"{PACKAGE}.storage", "embeddings_data_models"},
     "aiosqlite": {f"{PACKAGE}.storage"},
 }

@@ -60,7 +60,7 @@ def test_dockerfile_is_clean() -> None:
 def read_requirements(name: str) -> dict[str, str]:
     """Normalised package name to what follows it, for instance `==1.0`."""
     lines = (PROJECT_DIRECTORY / name).read_text().splitlines()
-    stripped = [line.split("#")[0].strip() for line in lines]
+    stripped = [line.split("#")[0].strip().removesuffix("\\").strip() for line in lines]
     matches = [re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?(\S*)", line) for line in stripped if line and line[0] != "-"]
     assert None not in matches, name
     return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in matches if match}
@@ -84,9 +84,30 @@ def test_what_server_and_tests_share_has_one_version() -> None:
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
 def test_requirements_name_no_place(name: str) -> None:
-    """No index, no path of the machine that made them."""
+    """No index, no path of the machine that made them; no option but the digests."""
     text = (PROJECT_DIRECTORY / name).read_text()
-    assert not re.search(r"://|(^|\s)--|(^|\s)/\w", text)
+    assert not re.search(r"://|(^|\s)--(?!hash=sha256:)|(^|\s)/\w", text)
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_has_the_digests_of_its_files(name: str) -> None:
+    """Another file under the same name and version is not installed."""
+    joined = (PROJECT_DIRECTORY / name).read_text().replace("\\\n", " ")
+    lines = [line for line in joined.splitlines() if re.match(r"[\w.-]+(\[.*\])?==", line)]
+    assert len(lines) == len(read_requirements(name))
+    assert [line.split()[0] for line in lines if not re.search(r" --hash=sha256:[0-9a-f]{64}( |$)", line)] == []
+
+
+def test_nothing_is_installed_without_its_digest() -> None:
+    """Make and Docker let pip refuse what has none; the peer that benchmarks compare with is nobody's server."""
+    makefile = (PROJECT_DIRECTORY / "Makefile").read_text()
+    installations = [line for line in makefile.splitlines() if "$(PIP_INSTALL)" in line and " -r " in line]
+    assert len(installations) == 2
+    assert all("--require-hashes" in line for line in installations)
+    assert (
+        "pip install --no-cache-dir --require-hashes --requirement requirements.txt"
+        in (PROJECT_DIRECTORY / "Dockerfile").read_text()
+    )
 
 
 # Makefile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -79,6 +80,30 @@ def test_no_text_and_no_token_of_a_user_is_logged(tmp_path: Path) -> None:
         assert TOKEN not in written
         assert "POST /get_embedding_vector_for_string/ 200 in" in written
         assert "POST /get_embedding_vector_for_string/ 422 in" in written
+
+
+def test_lines_written_during_a_request_carry_its_id_and_slow_ones_their_parts(tmp_path: Path) -> None:
+    """As JSON, one object a line: every line of a request has its id, a slow one says what took the time."""
+    settings = {"LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG", "SLOW_REQUEST_SECONDS": "0.0001"}
+    with start_server(tmp_path, settings) as server, server.client() as client:
+        embed = client.post(
+            "/get_embedding_vector_for_string/", json={"text": f"{MARKER}, slowly"}, headers={"x-request-id": "slow-1"}
+        )
+        assert embed.status_code == 200
+        server.stop()
+    entries = [json.loads(line) for line in server.log.splitlines()]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*(set(entry) for entry in entries))
+    during = [entry for entry in entries if entry.get("request_id") == "slow-1"]
+    [slow] = [entry for entry in during if entry["message"].startswith("Slow: ")]
+    [answered] = [entry for entry in during if " 200 in " in entry["message"]]
+    assert answered["message"].startswith("POST /get_embedding_vector_for_string/ 200 in ")
+    assert slow["route"] == "/get_embedding_vector_for_string/"
+    parts = [slow[f"{part}_seconds"] for part in ("queue", "compute", "store")]
+    assert all(seconds > 0 for seconds in parts)
+    assert sum(parts) < slow["total_seconds"]
+    assert MARKER not in server.log
+    requests = [entry for entry in entries if re.match(r"(GET|POST) /", entry["message"])]
+    assert all("request_id" in entry for entry in requests)
 
 
 def test_log_goes_to_stdout_and_to_the_file_line_by_line(tmp_path: Path) -> None:

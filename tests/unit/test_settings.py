@@ -17,9 +17,17 @@ FLOATS = [name for name, field in FIELDS.items() if field.type == "float"]
 BOOLEANS = [name for name, field in FIELDS.items() if field.type == "bool"]
 PATHS = [name for name, field in FIELDS.items() if field.type == "Path"]
 TEXTS = [name for name, field in FIELDS.items() if field.type == "str"]
-MAY_BE_EMPTY = {"CL100K_TABLE_PATH", "CORS_ALLOWED_ORIGINS", "HF_TOKEN", "MODEL_ALIASES", "SECURITY_TOKEN"}
+MAY_BE_EMPTY = {
+    "CL100K_TABLE_PATH",
+    "CORS_ALLOWED_ORIGINS",
+    "HF_TOKEN",
+    "MODEL_ALIASES",
+    "SECURITY_TOKEN",
+    "SECURITY_TOKENS_FILE",
+    "TRUSTED_PROXIES",
+}
 # With one of the choices each.
-CHOICES = {"TRUNCATION": "right", "LOG_LEVEL": "WARNING", "RERANK_METHOD": "maxsim"}
+CHOICES = {"TRUNCATION": "right", "LOG_LEVEL": "WARNING", "LOG_FORMAT": "json", "RERANK_METHOD": "maxsim"}
 # The least and the greatest value that is taken; None where there is no greatest.
 BOUNDS: dict[str, tuple[float, float | None]] = {
     "LLM_CONTEXT_SIZE_IN_TOKENS": (8, 1_048_576),
@@ -36,6 +44,14 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "MAX_TEXTS_PER_REQUEST": (1, None),
     "MAX_SIMILARITY_MATRIX_CELLS": (1, None),
     "MAX_REQUEST_SIZE_IN_MB": (0.001, None),
+    "MAX_REQUEST_SIZES_IN_FLIGHT_IN_MB": (0.001, None),
+    "MAX_JSON_VALUES_PER_REQUEST": (1, None),
+    "MAX_REQUEST_SECONDS": (0, None),
+    "RECEIVE_TIMEOUT_SECONDS": (0.1, None),
+    "MAX_CONNECTIONS": (1, None),
+    "MAX_REQUESTS_PER_MINUTE": (0, None),
+    "MAX_WRONG_TOKENS_PER_MINUTE": (0, None),
+    "SLOW_REQUEST_SECONDS": (0, None),
     "MINIMUM_STRING_LENGTH_FOR_DOCUMENT_EMBEDDING": (1, None),
     "DB_WRITE_BATCH_SIZE": (1, 10_000),
     "MAX_RETRIES": (0, 100),
@@ -195,7 +211,8 @@ def test_booleans_are_written_as_people_write_them(env_file: Path, name: str, va
 @pytest.mark.parametrize("value", ["", "other", "Refuse", "info"])
 def test_choice_that_is_none_is_refused_with_the_choices(env_file: Path, name: str, value: str) -> None:
     """All of them are listed."""
-    assert CHOICES[name] in assert_is_refused(env_file, **{name: value}).message
+    message = assert_is_refused(env_file, **{name: value}).message
+    assert CHOICES[name] in message
 
 
 @pytest.mark.parametrize("name", sorted(set(PATHS + TEXTS) - MAY_BE_EMPTY))
@@ -275,6 +292,41 @@ def test_network_address_is_taken_with_a_token_or_on_purpose(
     """Setting a token turns asking for it on."""
     settings = load_with(env_file, LISTEN_HOST="0.0.0.0", **values)
     assert settings.requires_token is requires_token
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("", []),
+        ("127.0.0.1", ["127.0.0.1/32"]),
+        (" 10.0.0.0/8 , ::1,172.17.0.1/32,", ["10.0.0.0/8", "::1/128", "172.17.0.1/32"]),
+    ],
+)
+def test_trusted_proxies_are_addresses_and_networks(env_file: Path, value: str, expected: list[str]) -> None:
+    """None by default."""
+    settings = load_with(env_file, TRUSTED_PROXIES=value)
+    assert [str(network) for network in settings.trusted_networks()] == expected
+
+
+@pytest.mark.parametrize("value", ["proxy", "*", "10.0.0.1/8", "10.0.0.0/40", "127.0.0.1;::1"])
+def test_proxy_that_is_no_address_is_refused_at_the_start(env_file: Path, value: str) -> None:
+    """A name could be anybody's, and a host's bits in a network are a slip of the pen."""
+    assert_is_refused(env_file, TRUSTED_PROXIES=value)
+
+
+@pytest.mark.parametrize(
+    "value", ["http://hub.example", "ftp://hub.example", "hub.example", "https://", "//hub.example"]
+)
+def test_hub_is_only_asked_over_https(env_file: Path, value: str) -> None:
+    """What is downloaded is run as a model; this machine's own addresses are for tests and caches."""
+    assert "https://" in assert_is_refused(env_file, HF_ENDPOINT=value).message
+    assert load_with(env_file, HF_ENDPOINT="http://127.0.0.1:8080").hub_endpoint == "http://127.0.0.1:8080"
+    assert load_with(env_file, HF_ENDPOINT="https://mirror.example/hub").hub_endpoint == "https://mirror.example/hub"
+
+
+def test_tokens_file_turns_asking_for_tokens_on(env_file: Path) -> None:
+    """Whether it can be read is found out when it is read."""
+    assert load_with(env_file, LISTEN_HOST="0.0.0.0", SECURITY_TOKENS_FILE="tokens.txt").requires_token
 
 
 def test_no_token_is_asked_for_on_this_machine_by_default(env_file: Path) -> None:
