@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test bench docs lock audit clean compiler browser test-docker
+.PHONY: help run test bench docs lock audit clean compiler browser test-clients test-docker
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -17,6 +17,11 @@ PEER_VENV := .venv-peer
 PEER_INSTALLED := $(PEER_VENV)/.installed
 AUDIT_VENV := .venv-audit
 AUDITOR := pip-audit==2.10.1
+# Client libraries that are tried against the server; what they need is not ours either.
+CLIENTS_VENV := .venv-clients
+CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
+CLIENTS_NODE := $(CLIENTS_VENV)/node
+CLIENTS_NODE_INSTALLED := $(CLIENTS_NODE)/.installed
 
 # The versions are pinned and tested with 3.11, so that one is looked for first.
 PYTHON_CANDIDATES := python3.11 python3.12 python3.13 python3 python3.14
@@ -30,6 +35,7 @@ PYTEST_OPTIONS :=
 help:
 	@echo 'make run          make the environment, install what is needed, serve in the foreground'
 	@echo 'make test         every check and every test'
+	@echo 'make test-clients try many client libraries against a live server, in an environment of their own (needs npm)'
 	@echo 'make bench        measure this machine'
 	@echo 'make docs         remake the tables of README.md, .env and docs/openapi.json from the code'
 	@echo 'make lock         remake requirements.txt and requirements-dev.txt from their .in files'
@@ -54,6 +60,10 @@ bench: $(INSTALLED_FOR_TESTS) $(PEER_INSTALLED)
 docs: $(INSTALLED)
 	$(VENV_PYTHON) docs/remake_tables.py
 
+test-clients: $(INSTALLED_FOR_TESTS) $(CLIENTS_INSTALLED) $(CLIENTS_NODE_INSTALLED)
+	CLIENTS_PYTHON=$(abspath $(CLIENTS_VENV)/bin/python) NODE_DIRECTORY=$(abspath $(CLIENTS_NODE)) \
+		$(VENV_PYTHON) -m tests.clients.run_heavy_clients
+
 test-docker: $(INSTALLED_FOR_TESTS)
 	$(VENV_PYTHON) tests/integration/dockerfile_in_chroot.py
 
@@ -63,6 +73,7 @@ lock: $(VENV_PYTHON)
 	$(PIP_INSTALL) --quiet "$$(grep '^pip-tools==' requirements-dev.in)"
 	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements.txt requirements.in
 	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements-dev.txt requirements-dev.in
+	$(PIP_COMPILE) $(LOCK_OPTIONS) --output-file requirements-clients.txt requirements-clients.in
 
 # In an environment of its own, so that nothing of it gets into the server's. With --strict, a package that cannot be
 # asked about is a failure: no answer is not a clean bill.
@@ -73,7 +84,7 @@ audit: $(VENV_PYTHON)
 	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --requirement requirements-dev.txt
 
 clean:
-	rm -rf $(VENV) $(PEER_VENV) $(AUDIT_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER_VENV) $(AUDIT_VENV) $(CLIENTS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV_PYTHON): | compiler
@@ -111,6 +122,22 @@ $(PEER_INSTALLED): requirements.txt $(INSTALLED)
 	$(VENV_PYTHON) -m venv --clear $(PEER_VENV)
 	$(PEER_VENV)/bin/python -m pip install --disable-pip-version-check --no-input \
 		"$$(sed -n 's/^llama-cpp-python==\([^ ;]*\).*/llama-cpp-python[server]==\1/p' requirements.txt)"
+	@touch $@
+
+$(CLIENTS_INSTALLED): requirements-clients.txt $(INSTALLED)
+	@echo 'Installing requirements-clients.txt: about 1 GB on disk.'
+	$(VENV_PYTHON) -m venv --clear $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --no-input -r requirements-clients.txt
+	@touch $@
+
+$(CLIENTS_NODE_INSTALLED): tests/clients/package.json tests/clients/package-lock.json $(CLIENTS_INSTALLED)
+	@command -v node >/dev/null && command -v npm >/dev/null || { \
+		echo 'node and npm are needed for the Node client: install both (Debian: apt install nodejs npm) and start again.' >&2; \
+		exit 1; \
+	}
+	mkdir -p $(CLIENTS_NODE)
+	cp tests/clients/package.json tests/clients/package-lock.json $(CLIENTS_NODE)
+	cd $(CLIENTS_NODE) && npm ci --no-audit --no-fund
 	@touch $@
 
 # Only llama-cpp-python is compiled; where its pinned version is installed, no compiler is needed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import re
 import signal
@@ -174,6 +175,11 @@ def answers(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=1.0, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
+
+
+def load_default_api() -> dict[str, Any]:
+    """The OpenAPI document of a server with default settings, which need not run."""
+    return dict(json.loads((PROJECT_DIRECTORY / "docs" / "openapi.json").read_text()))
 
 
 # The application in this process, on a fake engine

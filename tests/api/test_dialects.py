@@ -93,25 +93,23 @@ EMBEDDING_ROUTES: dict[str, tuple[str, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", EMBEDDING_ROUTES)
-async def test_every_dialect_answers_with_the_same_stored_vector(name: str, running: RunningApplication) -> None:
+async def test_every_dialect_answers_with_the_same_stored_vector(running: RunningApplication) -> None:
     """Computed once, found again; the headers say so, in every dialect."""
-    path, make_body, read = EMBEDDING_ROUTES[name]
     expected = await get_native_vector(running.client, TEXT)
-    response = await running.client.post(path, json=make_body(TEXT))
-    assert response.status_code == 200, response.text
-    np.testing.assert_array_equal(np.array(read(response.json()), dtype=np.float32), expected)
-    assert response.headers["x-cache-hits"] == "1"
-    assert response.headers["x-embedding-source"] in ("memory", "store")
-    assert response.headers["x-tokens-used"] == str(len(TEXT.encode()) + 2)
-    assert {"x-queue-seconds", "x-compute-seconds", "x-request-id"} <= set(response.headers)
+    for name, (path, make_body, read) in EMBEDDING_ROUTES.items():
+        response = await running.client.post(path, json=make_body(TEXT))
+        assert response.status_code == 200, (name, response.text)
+        np.testing.assert_array_equal(np.array(read(response.json()), dtype=np.float32), expected, name)
+        assert response.headers["x-cache-hits"] == "1", name
+        assert response.headers["x-embedding-source"] in ("memory", "store")
+        assert response.headers["x-tokens-used"] == str(len(TEXT.encode()) + 2)
+        assert {"x-queue-seconds", "x-compute-seconds", "x-request-id"} <= set(response.headers)
 
 
-@pytest.mark.parametrize("name", EMBEDDING_ROUTES)
-async def test_text_without_a_word_is_a_400_in_every_dialect(name: str, running: RunningApplication) -> None:
+async def test_text_without_a_word_is_a_400_in_every_dialect(running: RunningApplication) -> None:
     """Never a 5xx, which clients would retry."""
-    path, make_body, _ = EMBEDDING_ROUTES[name]
-    assert "empty" in json.dumps(await post(running.client, path, make_body("  "), 400))
+    for path, make_body, _ in EMBEDDING_ROUTES.values():
+        assert "empty" in json.dumps(await post(running.client, path, make_body("  "), 400))
 
 
 # Errors in the caller's shape
@@ -166,34 +164,35 @@ POST_ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("path", POST_ROUTES)
-async def test_refusals_before_and_after_the_body_is_read_have_the_dialect_s_shape(path: str, tmp_path: Path) -> None:
+async def test_refusals_before_and_after_the_body_is_read_have_the_dialect_s_shape(tmp_path: Path) -> None:
     """401, 413, 422 for JSON that is none and 422 for fields that are missing or mistyped."""
     async with run_application(tmp_path, security_token=TOKEN, max_request_size_in_mb=0.001) as running:
-        client = running.client
-        refused = await client.post(path, json={})
-        assert refused.status_code == 401
-        assert refused.headers["www-authenticate"] == "Bearer"
-        assert "token" in read_message(path, refused.json())
-        client.headers["Authorization"] = f"Bearer {TOKEN}"
-        large = await client.post(path, json={"input": "x" * 2000})
-        assert large.status_code == 413
-        assert "MAX_REQUEST_SIZE_IN_MB" in read_message(path, large.json())
-        broken = await client.post(path, content=b"{", headers={"Content-Type": "application/json"})
-        assert broken.status_code == 422
-        assert "JSON" in read_message(path, broken.json())
-        for body in ({}, [], {"input": 5, "inputs": 5, "query": 5, "prompt": 5, "texts": 5, "tokens": 5, "text": 5}):
-            mistyped = await client.post(path, json=body)
-            if path == "/api/show" and isinstance(body, dict):
-                assert mistyped.status_code == 404
-            elif path == "/v2/embed" and body == {}:
-                assert mistyped.status_code == 400
-            else:
-                assert mistyped.status_code == 422
-            message = read_message(path, mistyped.json())
-            assert message
-            assert "Request" not in message.replace("Requests", "")  # no name of a class here
-            assert mistyped.headers["x-request-id"]
+        for path in POST_ROUTES:
+            await check_refusals(running.client, path)
+
+
+async def check_refusals(client: httpx.AsyncClient, path: str) -> None:
+    refused = await client.post(path, json={})
+    assert refused.status_code == 401, path
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert "token" in read_message(path, refused.json())
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    large = await client.post(path, json={"input": "x" * 2000}, headers=headers)
+    assert large.status_code == 413, path
+    assert "MAX_REQUEST_SIZE_IN_MB" in read_message(path, large.json())
+    broken = await client.post(path, content=b"{", headers=headers | {"Content-Type": "application/json"})
+    assert broken.status_code == 422, path
+    assert "JSON" in read_message(path, broken.json())
+    wrong = dict.fromkeys(("input", "inputs", "query", "prompt", "texts", "tokens", "text", "ids"), 1.5)
+    for body in ({}, [], wrong | {"model": 5}):
+        mistyped = await client.post(path, json=body, headers=headers)
+        # Two of the routes ask for nothing that must be there by its name.
+        expected = {"/api/show": 404, "/v2/embed": 400}.get(path, 422) if body == {} else 422
+        assert mistyped.status_code == expected, (path, body, mistyped.text)
+        message = read_message(path, mistyped.json())
+        assert message
+        assert "Request" not in message  # no name of a class here
+        assert mistyped.headers["x-request-id"]
 
 
 UNKNOWN = {
@@ -212,13 +211,13 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("path", UNKNOWN)
-async def test_unknown_model_is_named_in_the_dialect_s_shape(path: str, running: RunningApplication) -> None:
+async def test_unknown_model_is_named_in_the_dialect_s_shape(running: RunningApplication) -> None:
     """404; 422 where clients look for the model among the faults of the body."""
-    body = await post(running.client, path, UNKNOWN[path] | {"model": "no-such"}, 422 if path == "/embeddings" else 404)
-    message = read_message(path, body)
-    assert "no-such" in message
-    assert FAKE_MODEL_NAME in message
+    for path, fields in UNKNOWN.items():
+        status = 422 if path == "/embeddings" else 404
+        message = read_message(path, await post(running.client, path, fields | {"model": "no-such"}, status))
+        assert "no-such" in message, path
+        assert FAKE_MODEL_NAME in message, path
 
 
 async def test_unknown_model_of_a_small_service_has_its_place(running: RunningApplication) -> None:
@@ -229,22 +228,23 @@ async def test_unknown_model_of_a_small_service_has_its_place(running: RunningAp
     assert "'x' is not available" in problem["msg"]
 
 
-@pytest.mark.parametrize("name", EMBEDDING_ROUTES)
-async def test_full_queue_is_a_429_with_the_time_to_wait(name: str, tmp_path: Path) -> None:
-    """In every dialect's shape."""
-    path, make_body, _ = EMBEDDING_ROUTES[name]
-    async with run_application(tmp_path, max_queued_tokens=1) as running:
+async def test_full_queue_is_a_429_with_the_time_to_wait_in_every_dialect(tmp_path: Path) -> None:
+    """In its own shape."""
+    async with run_application(tmp_path, max_queued_tokens=100, inference_workers=1) as running:
+        batcher = running.app.state.services.models.engines()[0].batcher
         running.backend.gate.clear()
-        waiting = [
-            asyncio.create_task(running.client.post(NATIVE, json={"text": f"text {number}"})) for number in range(8)
-        ]
-        await wait_until(lambda: running.app.state.services.models.engines()[0].batcher.n_queued_tokens > 1)
-        response = await running.client.post(path, json=make_body("one more"))
+        waiting = [asyncio.create_task(post(running.client, NATIVE, {"text": "held in the engine"}))]
+        await wait_until(lambda: batcher._queue.n_busy_workers == 1)
+        texts = [f"{number} " + "x" * 40 for number in range(3)]
+        waiting += [asyncio.create_task(post(running.client, NATIVE, {"text": text})) for text in texts]
+        await wait_until(lambda: batcher.n_queued_tokens >= 100)
+        for path, make_body, _ in EMBEDDING_ROUTES.values():
+            response = await running.client.post(path, json=make_body("one more"))
+            assert response.status_code == 429, path
+            assert int(response.headers["retry-after"]) >= 1
+            assert "waiting" in read_message(path, response.json())
         running.backend.gate.set()
         await asyncio.gather(*waiting)
-        assert response.status_code == 429
-        assert int(response.headers["retry-after"]) >= 1
-        assert read_message(path, response.json())
 
 
 @pytest.mark.parametrize(
