@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from llama_embeddings import errors
+from llama_embeddings import errors, observability
 from llama_embeddings.api.dialects import NATIVE, SMALL_SERVICES, Dialect, find_dialect
 from llama_embeddings.api.validation_errors import describe_validation
 
@@ -104,7 +104,10 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 async def _answer_unknown(request: Request, error: Exception) -> Response:
     logger.error("Unexpected failure of %s %s", request.method, quote(request.url.path), exc_info=error)
     described = errors.ServiceError("The server failed to answer; its log has the reason under this request id.")
-    return render_error(request, 500, described)
+    response = render_error(request, 500, described)
+    # This reply does not pass through the middleware that puts the id on all others.
+    response.headers["x-request-id"] = observability.request_id.get() or ""
+    return response
 
 
 def render_error(

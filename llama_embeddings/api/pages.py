@@ -14,7 +14,7 @@ STATIC_DIRECTORY = Path(__file__).resolve().parent / "static"
 router = APIRouter(include_in_schema=False)
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])  # Ollama's clients ask for the head to see who is there
 async def swagger() -> FileResponse:
     """The page to try every endpoint on."""
     return FileResponse(STATIC_DIRECTORY / "swagger.html", media_type="text/html; charset=utf-8")

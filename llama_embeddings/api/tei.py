@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -255,7 +256,12 @@ async def tokenize(body: TeiTokenizeRequest, services: Services) -> Response:
     prefix = services.models.prompt(None, read_prompt_name(body.prompt_name))
     prompted = [prefix + text for text in texts]
     tokenised = await services.tokenization.tokenize(prompted, adds_special=body.add_special_tokens)
-    return render_json([_list_tokens(text, tokens) for text, tokens in zip(prompted, tokenised, strict=True)])
+    # A row per token of a long text takes its time, which is not the event loop's.
+    return await asyncio.to_thread(_render_tokens, prompted, tokenised)
+
+
+def _render_tokens(texts: list[str], tokenised: list[TokenisedText]) -> Response:
+    return render_json([_list_tokens(text, tokens) for text, tokens in zip(texts, tokenised, strict=True)])
 
 
 def _list_tokens(text: str, tokens: TokenisedText) -> list[dict[str, Any]]:

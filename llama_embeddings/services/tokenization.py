@@ -7,15 +7,21 @@ embedded is always the text that they stand for. Computes no embeddings.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from embeddings_data_models import TokenisedText, Truncation
-from llama_embeddings.errors import ConfigurationError, InvalidInput
+from llama_embeddings.errors import ConfigurationError, InvalidInput, RequestTooLarge
+from llama_embeddings.inference.engine import EmbeddingEngine
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
+
+# Reading this many ids takes a millisecond or two; more is done on a thread, off the event loop.
+MAX_IDS_READ_INLINE = 5_000
 
 REFUSAL_OF_IDS = (
     "These token ids are not taken: they are not, beyond doubt, this model's own, special tokens included, as "
@@ -47,7 +53,7 @@ class TokenizationService:
         self._check_lengths(ids, field)
         async with self._models.lease(model_name) as engine:
             try:
-                return [engine.decode(tokens, skips_special=skips_special) for tokens in ids]
+                return await _run(ids, lambda: [engine.decode(tokens, skips_special=skips_special) for tokens in ids])
             except InvalidInput as error:
                 raise error.located(field=field, index=None) from None
 
@@ -60,14 +66,17 @@ class TokenizationService:
         lists = [given for given in inputs if not isinstance(given, str)]
         self._check_lengths(lists, field)
         async with self._models.lease(model_name) as engine:
-            texts = []
-            for index, given in enumerate(inputs):
-                text = given if isinstance(given, str) else self._read_foreign(given) or engine.read_own_ids(given)
-                if not text:
-                    name, place = place_of(field, index, len(inputs))
-                    raise InvalidInput(REFUSAL_OF_IDS, field=name, index=place)
-                texts.append(text)
-            return texts
+            return await _run(lists, lambda: self._read_all(inputs, engine, field))
+
+    def _read_all(self, inputs: Sequence[str | Sequence[int]], engine: EmbeddingEngine, field: str) -> list[str]:
+        texts = []
+        for index, given in enumerate(inputs):
+            text = given if isinstance(given, str) else self._read_foreign(given) or engine.read_own_ids(given)
+            if not text:
+                name, place = place_of(field, index, len(inputs))
+                raise InvalidInput(REFUSAL_OF_IDS, field=name, index=place)
+            texts.append(text)
+        return texts
 
     def _read_foreign(self, ids: Sequence[int]) -> str | None:
         if self._table is None or not all(token in self._table for token in ids):
@@ -79,7 +88,13 @@ class TokenizationService:
             return None
 
     def _check_lengths(self, ids: Sequence[Sequence[int]], field: str) -> None:
-        """Ids are bounded like texts: no token stands for less than nothing."""
+        """Ids are bounded like the texts that they stand for."""
+        if len(ids) > self._limits.max_texts:
+            raise RequestTooLarge(
+                f"{len(ids)} lists of token ids in one request, at most {self._limits.max_texts} are taken "
+                "(MAX_TEXTS_PER_REQUEST).",
+                field=field,
+            )
         for index, tokens in enumerate(ids):
             name, place = place_of(field, index, len(ids))
             if not tokens:
@@ -120,6 +135,14 @@ class TokenizationService:
             kept = encoded[span[0] :] if is_left else encoded[: span[1]]
             shortened.append(kept.decode("utf-8", "ignore"))
         return shortened
+
+
+_Result = TypeVar("_Result")
+
+
+async def _run(ids: Sequence[Sequence[int]], read: Callable[[], _Result]) -> _Result:
+    """Do it here if it is quick, else on a thread."""
+    return await asyncio.to_thread(read) if sum(map(len, ids)) > MAX_IDS_READ_INLINE else read()
 
 
 def read_token_table(path: Path) -> dict[int, bytes]:

@@ -247,6 +247,21 @@ async def test_full_queue_is_a_429_with_the_time_to_wait_in_every_dialect(tmp_pa
         await asyncio.gather(*waiting)
 
 
+async def test_unexpected_failure_is_a_500_with_its_request_id_in_every_dialect(running: RunningApplication) -> None:
+    """Its reason goes to the log, not to the caller."""
+    running.app.state.services.embeddings.get_or_compute = fail_with_a_secret
+    for path, make_body, _ in EMBEDDING_ROUTES.values():
+        response = await running.client.post(path, json=make_body(TEXT), headers={"x-request-id": "mine"})
+        assert response.status_code == 500, path
+        assert response.headers["x-request-id"] == "mine"
+        assert "log" in read_message(path, response.json())
+        assert "secret" not in response.text
+
+
+async def fail_with_a_secret(*_: Any, **__: Any) -> None:
+    raise RuntimeError("a secret")
+
+
 @pytest.mark.parametrize(
     ("given", "place", "message"),
     [
@@ -566,6 +581,11 @@ async def test_roles_put_the_model_s_own_words_in_front(prompted: RunningApplica
     [ranked] = await post(client, "/rerank", {"query": "a", "texts": ["bc"]})
     assert 0 <= ranked["score"] <= 1
     assert query.shape == document.shape
+
+
+async def test_root_answers_those_who_only_look_who_is_there(running: RunningApplication) -> None:
+    """Ollama's clients ask for the head of the page."""
+    assert (await running.client.head("/")).status_code == 200
 
 
 # CORS

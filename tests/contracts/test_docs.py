@@ -69,6 +69,21 @@ def test_every_route_describes_itself_and_its_errors() -> None:
                 assert "401" in operation["responses"], path
 
 
+def test_clients_that_are_documented_are_those_that_are_tried() -> None:
+    """Names and versions in docs/clients.md are those of the requirements and of package.json."""
+    documented = re.findall(
+        r"^\| `([\w-]+)`( for Node)? \| ([\d.]+) \|",
+        (PROJECT_DIRECTORY / "docs" / "clients.md").read_text(),
+        re.MULTILINE,
+    )
+    names = ("requirements.in", "requirements-dev.in", "requirements-clients.in")
+    pinned = "\n".join((PROJECT_DIRECTORY / name).read_text() for name in names).splitlines()
+    package = (PROJECT_DIRECTORY / "tests" / "clients" / "package.json").read_text()
+    assert len(documented) == 13
+    for name, is_node, version in documented:
+        assert (f'"{name}": "{version}"' in package) if is_node else (f"{name}=={version}" in pinned), name
+
+
 def readme_error_rows() -> list[tuple[int, list[str]]]:
     rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", README, re.MULTILINE)
     return [(int(status), re.findall(r"`(\w+)`", codes)) for status, codes in rows]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Sequence
 
 import pytest
 
 from llama_embeddings import errors
+from llama_embeddings.api import dialects
+from llama_embeddings.api.dialects import Dialect
 from llama_embeddings.api.error_responses import DESCRIPTIONS, STATUS_OF_ERROR, status_of
 from llama_embeddings.errors import ServiceError
 
 DEFINED = [found for found in vars(errors).values() if inspect.isclass(found) and found.__module__ == errors.__name__]
 CLASSES = [found for found in DEFINED if issubclass(found, ServiceError)]
+DIALECTS = [found for found in vars(dialects).values() if isinstance(found, Dialect)]
 MISTAKES_OF_CALLERS = (errors.InvalidInput, errors.NotFound, errors.InvalidToken)
 
 
@@ -75,6 +79,17 @@ def test_what_may_succeed_later_says_when(error: type[errors.Unavailable]) -> No
     assert status_of(made) in (429, 503)
     assert made.retry_after_seconds == 2.5
     assert error("later").retry_after_seconds > 0
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("error", CLASSES)
+def test_every_class_has_a_body_in_every_dialect(error: type[ServiceError], dialect: Dialect) -> None:
+    """Of the shape that the OpenAPI document shows, and with the message."""
+    made = make(error).located(field="text", index=2)
+    body = dialect.body(status_of(made), made, made.code)
+    dialect.model.model_validate(body)
+    assert set(body) == set(dialect.model.model_fields)
+    assert made.message.split(".")[0] in json.dumps(body) or isinstance(made, errors.ModelNotFound)
 
 
 def test_status_is_that_of_the_nearest_class_in_the_table() -> None:

@@ -66,7 +66,7 @@ def read_requirements(name: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in matches if match}
 
 
-@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev", "requirements-clients"])
 def test_every_requirement_is_pinned_as_written_by_hand(name: str) -> None:
     """The made file has one exact version of everything, and those of the .in file."""
     pinned = read_requirements(f"{name}.txt")
@@ -124,13 +124,13 @@ def test_run_installs_and_then_becomes_the_server() -> None:
 
 
 def test_test_runs_every_check_and_every_test() -> None:
-    """`make test` lints, type-checks and runs pytest on everything, and .ci/run does nothing else."""
+    """`make test` lints, type-checks and runs pytest on everything; .ci/run does that and tries the clients."""
     steps = run("make", "--dry-run", "--always-make", "test").stdout
     for step in ("-m ruff check .", "-m ruff format --check .", "-m mypy\n", "-m pytest"):
         assert f".venv/bin/python {step}" in steps
     ci_run = PROJECT_DIRECTORY / ".ci" / "run"
     assert os.access(ci_run, os.X_OK)
-    assert ci_run.read_text().strip().endswith("exec make test")
+    assert ci_run.read_text().strip().endswith("exec make test test-clients")
 
 
 def make_bare_project(tmp_path: Path, *programs: str) -> tuple[Path, str]:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_places_of_tokens_cover_the_words_of_the_text() -> None:
         encoded = text.encode()
         spans = model.token_spans(text)
         assert len(spans) == len(model.tokenize(text))
-        assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+        assert all(first[1] <= second[0] for first, second in pairwise(spans))
         covered = b"".join(encoded[start:stop] for start, stop in spans).decode()
         assert covered == "".join(text.split())
     model.close()
