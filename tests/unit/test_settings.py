@@ -345,3 +345,16 @@ def test_settings_given_in_code_are_checked_like_those_read(env_file: Path) -> N
     """Overrides are no way around the rules."""
     with pytest.raises(ConfigurationError, match="LISTEN_HOST"):
         load_settings(env_file, listen_host="0.0.0.0")
+
+
+@pytest.mark.parametrize("value", ["app.example", "https://app.example/path", "ftp://app.example", "https://a b"])
+def test_origin_that_is_none_is_refused(env_file: Path, value: str) -> None:
+    """A page's address or a bare host would never match what browsers send."""
+    assert "CORS_ALLOWED_ORIGINS" in assert_is_refused(env_file, CORS_ALLOWED_ORIGINS=value).message
+
+
+def test_origins_are_a_list(env_file: Path) -> None:
+    """None by default."""
+    assert load_with(env_file).allowed_origins() == []
+    found = load_with(env_file, CORS_ALLOWED_ORIGINS=" https://a.example:8443 , http://b.example,*,")
+    assert found.allowed_origins() == ["https://a.example:8443", "http://b.example", "*"]
