@@ -32,6 +32,7 @@ from llama_embeddings.api.middleware import BodyLimit, RequestContext
 from llama_embeddings.api.security import RequireToken, describe_security
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
+from llama_embeddings.documents.extracted import ExtractionLimits
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import ConfigurationError, ServiceError
 from llama_embeddings.inference.backend import Backend
@@ -204,7 +205,7 @@ def make_services(
     memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
     embeddings = EmbeddingService(store, models, indexes, memory, known, limits=limits, default_truncation=truncation)
     token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
-    reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
+    reader = make_document_reader(settings)
     documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
     stack.callback(reader.close)
     for service in (embeddings, token_embeddings, documents):
@@ -217,6 +218,21 @@ def make_services(
         documents=documents,
         search=SearchService(store, models, embeddings, indexes),
         similarity=SimilarityService(embeddings, token_embeddings),
+    )
+
+
+def make_document_reader(settings: Settings) -> DocumentReader:
+    """The reader of documents with its limits; its processes start with the first document."""
+    memory_limit_bytes = settings.document_memory_limit_in_mb * MEGABYTE
+    return DocumentReader(
+        minimum_length=settings.minimum_string_length_for_document_embedding,
+        limits=ExtractionLimits(
+            max_pages=settings.max_document_pages,
+            max_characters=int(settings.max_document_text_in_mb * 1_000_000),
+            max_unpacked_bytes=memory_limit_bytes // 2,
+        ),
+        time_limit_seconds=settings.document_time_limit_in_seconds,
+        memory_limit_bytes=memory_limit_bytes,
     )
 
 
