@@ -53,6 +53,7 @@ from llama_embeddings.api.security import OPEN_PATHS, RequireToken, describe_sec
 from llama_embeddings.api.tokens import Tokens
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
+from llama_embeddings.documents.extracted import ExtractionLimits
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import ConfigurationError, ServiceError
 from llama_embeddings.heat_maps import Painter
@@ -290,7 +291,7 @@ def make_services(
     token_index = TokenIndex(store, indexing)
     token_embeddings = TokenEmbeddingService(store, models, token_index, limits=limits, default_truncation=truncation)
     search = SearchService(store, models, embeddings, indexing)
-    reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
+    reader = make_document_reader(settings)
     documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
     painter = Painter()
     stack.callback(reader.close)
@@ -340,6 +341,21 @@ def open_tokens(settings: Settings) -> Tokens:
     """The tokens that open the door. Raises ConfigurationError if a file that should hold them does not."""
     path = Path(settings.security_tokens_file).expanduser() if settings.security_tokens_file else None
     return Tokens(find_security_token(settings), path)
+
+
+def make_document_reader(settings: Settings) -> DocumentReader:
+    """The reader of documents with its limits; its processes start with the first document."""
+    memory_limit_bytes = settings.document_memory_limit_in_mb * MEGABYTE
+    return DocumentReader(
+        minimum_length=settings.minimum_string_length_for_document_embedding,
+        limits=ExtractionLimits(
+            max_pages=settings.max_document_pages,
+            max_characters=int(settings.max_document_text_in_mb * 1_000_000),
+            max_unpacked_bytes=memory_limit_bytes // 2,
+        ),
+        time_limit_seconds=settings.document_time_limit_in_seconds,
+        memory_limit_bytes=memory_limit_bytes,
+    )
 
 
 def find_security_token(settings: Settings) -> str | None:

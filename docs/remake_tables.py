@@ -21,6 +21,7 @@ sys.path.insert(0, str(PROJECT_DIRECTORY))
 import similarity_measures  # noqa: E402 - the project is not installed, only put on the path
 from embeddings_data_models import Base  # noqa: E402
 from llama_embeddings.catalogue.entries import ENTRIES  # noqa: E402
+from llama_embeddings.documents.extracted import SUPPORTED_TYPES  # noqa: E402
 from llama_embeddings.settings import load_settings, setting_fields  # noqa: E402
 from llama_embeddings_server import create_app  # noqa: E402
 
@@ -87,6 +88,11 @@ def render_routes_table() -> str:
     )
 
 
+def render_document_types() -> str:
+    rows = [f"| {name} | `{mimetype}` |" for mimetype, name in SUPPORTED_TYPES.items()]
+    return "\n".join(["| documents | type |", "|---|---|", *rows])
+
+
 def render_env_file() -> str:
     lines = [
         "# Every setting with its default. An environment variable of the same name wins over this file.",
@@ -105,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schema": render_schema_table,
     "catalogue": render_catalogue_table,
     "routes": render_routes_table,
+    "document types": render_document_types,
 }
 
 

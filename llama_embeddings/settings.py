@@ -230,6 +230,24 @@ class Settings:
         _number(int, 1),
         "Sentences of a document that are shorter (in characters) are left out.",
     )
+    max_document_pages: int = _setting(
+        "MAX_DOCUMENT_PAGES", 5_000, _number(int, 1), "Most pages or slides accepted in a document."
+    )
+    max_document_text_in_mb: float = _setting(
+        "MAX_DOCUMENT_TEXT_IN_MB",
+        50,
+        _number(float, 0.001),
+        "Longest text accepted in a document, in millions of characters.",
+    )
+    document_time_limit_in_seconds: float = _setting(
+        "DOCUMENT_TIME_LIMIT_IN_SECONDS", 300, _number(float, 1), "Longest time that a document is read for."
+    )
+    document_memory_limit_in_mb: int = _setting(
+        "DOCUMENT_MEMORY_LIMIT_IN_MB",
+        1024,
+        _number(int, 256),
+        "Memory of each process that reads documents; archives may unpack to half of it.",
+    )
     keep_document_files: bool = _setting(
         "KEEP_DOCUMENT_FILES", True, _boolean, "Keep the bytes of submitted documents in the database."
     )

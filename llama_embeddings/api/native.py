@@ -201,7 +201,7 @@ async def get_all_embedding_vectors_for_document(
     json_format: JsonFormat = "records",
     send_back_json_or_zip_file: ReplyAs = "zip",
 ) -> Response:
-    """Every sentence of a document (plain text or PDF) with its embedding."""
+    """Every sentence of a document (see README for the types) with its embedding."""
     document = await services.documents.get_or_compute(
         await file.read(),
         filename=file.filename or "document",

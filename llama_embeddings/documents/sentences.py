@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -21,19 +21,19 @@ from itertools import pairwise
 import pysbd
 
 from embeddings_data_models import Sentence
-from llama_embeddings.documents.extraction import (
-    EXTRACTION_VERSION,
-    ExtractedDocument,
-    ends_paragraph,
-    is_written_without_spaces,
-    measure_width,
-)
+from llama_embeddings.documents.extracted import ExtractedDocument
+from llama_embeddings.documents.extraction import EXTRACTION_VERSION
+from llama_embeddings.documents.layout import ends_paragraph, is_written_without_spaces, measure_width
 
-SEGMENTATION_NAME = f"pysbd-{version('pysbd')}/1"
+SEGMENTATION_NAME = f"pysbd-{version('pysbd')}/2"
 """The splitter and the version of the rules around it; the number counts up with every change of the result."""
 
 MAXIMUM_SENTENCE_CHARACTERS = 2_000
 """Longer runs without a sentence end are split at whitespace, or anywhere if they have none."""
+
+# What is held at once has to stay small whatever the file: one line of all its bytes, or lines without a blank one.
+_MAXIMUM_PARAGRAPH_CHARACTERS = 100_000
+_MAXIMUM_BLOCK_LINES = 5_000
 
 _SEGMENTER = pysbd.Segmenter(language="en", clean=False)
 
@@ -49,15 +49,18 @@ def split_into_sentences(document: ExtractedDocument, *, minimum_length: int) ->
     `document.text[start:end]` covers a sentence; its `text` has single spaces for all whitespace. A sentence that
     crosses a page boundary belongs to the page on which it starts.
     """
-    sentences = []
-    for start, end in _find_paragraphs(document.text):
+    return list(find_sentences(document, minimum_length=minimum_length))
+
+
+def find_sentences(document: ExtractedDocument, *, minimum_length: int) -> Iterator[Sentence]:
+    """The same one by one, so that a long document's sentences need not be held at once."""
+    for start, end in _cut_long_paragraphs(document.text, _find_paragraphs(document.text)):
         paragraph = _Paragraph.unwrap(document.text, start, end)
         for first, last in _find_sentences(paragraph.text):
             if last - first >= minimum_length:
                 origin, origin_end = paragraph.locate(first), paragraph.locate(last - 1) + 1
                 page = bisect_right(document.page_starts, origin) or None
-                sentences.append(Sentence(paragraph.text[first:last], page, origin, origin_end))
-    return sentences
+                yield Sentence(paragraph.text[first:last], page, origin, origin_end)
 
 
 # --- Paragraphs ------------------------------------------------------------------------------------------------------
@@ -77,6 +80,19 @@ def _find_paragraphs(text: str) -> Iterator[tuple[int, int]]:
         yield first, block[-1][1]
 
 
+def _cut_long_paragraphs(text: str, paragraphs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Paragraphs of bounded length: cut after a certain sentence end, at a space, or anywhere."""
+    for start, end in paragraphs:
+        while end - start > _MAXIMUM_PARAGRAPH_CHARACTERS:
+            limit = start + _MAXIMUM_PARAGRAPH_CHARACTERS
+            certain = [match.end() for match in _CERTAIN_END.finditer(text, limit - MAXIMUM_SENTENCE_CHARACTERS, limit)]
+            space = text.rfind(" ", limit - MAXIMUM_SENTENCE_CHARACTERS, limit)
+            cut = certain[-1] if certain else (space + 1 if space > 0 else limit)
+            yield start, cut
+            start = cut
+        yield start, end
+
+
 def _find_blocks(text: str) -> Iterator[list[tuple[int, int]]]:
     """Runs of neighbouring lines, stripped; a line without letters and digits parts them as a blank one does."""
     block: list[tuple[int, int]] = []
@@ -84,7 +100,8 @@ def _find_blocks(text: str) -> Iterator[list[tuple[int, int]]]:
     for match in _LINE.finditer(text):
         line = match.group()
         is_blank = not any(map(str.isalnum, line))
-        if block and (is_blank or match.start() > previous_end + 1):
+        is_full = len(block) >= _MAXIMUM_BLOCK_LINES
+        if block and (is_blank or is_full or match.start() > previous_end + 1):
             yield block
             block = []
         if not is_blank:

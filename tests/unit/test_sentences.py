@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from llama_embeddings.documents.extraction import ExtractedDocument, extract_text
+from llama_embeddings.documents.extracted import ExtractedDocument
+from llama_embeddings.documents.extraction import extract_text
 from llama_embeddings.documents.sentences import (
     MAXIMUM_SENTENCE_CHARACTERS,
     SEGMENTATION_NAME,
