@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import uvicorn
@@ -26,7 +27,7 @@ from fastapi import FastAPI
 import similarity_measures
 from embeddings_data_models import Truncation
 from llama_embeddings import observability
-from llama_embeddings.api import health, native, openai, pages
+from llama_embeddings.api import documents, health, jobs, native, openai, pages
 from llama_embeddings.api.error_responses import install_error_handlers
 from llama_embeddings.api.middleware import BodyLimit, RequestContext
 from llama_embeddings.api.security import RequireToken, describe_security
@@ -39,7 +40,9 @@ from llama_embeddings.inference.model_cache import EngineOptions, ModelCache
 from llama_embeddings.services.container import Services
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.downloads import DocumentDownloads
 from llama_embeddings.services.embeddings import EmbeddingService, load_indexes, load_known_texts
+from llama_embeddings.services.jobs import JobService
 from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
@@ -48,6 +51,7 @@ from llama_embeddings.services.similarity import SimilarityService
 from llama_embeddings.services.texts import TextLimits
 from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
+from llama_embeddings.storage.engine import parse_database_url
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
 
@@ -79,7 +83,9 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.services = await start_services(settings, backend, stack)
+            services = app.state.services = await start_services(settings, backend, stack)
+            stack.push_async_callback(services.jobs.stop)
+            await services.jobs.start()
             logger.info("Ready")
             yield
             logger.info("Stopping: finishing what is under way")
@@ -101,6 +107,8 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
     app.include_router(native.router)
+    app.include_router(documents.router)
+    app.include_router(jobs.router)
     app.include_router(health.router)
     app.include_router(pages.router)
     pages.mount_static_files(app)
@@ -205,19 +213,34 @@ def make_services(
     embeddings = EmbeddingService(store, models, indexes, memory, known, limits=limits, default_truncation=truncation)
     token_embeddings = TokenEmbeddingService(store, models, limits=limits, default_truncation=truncation)
     reader = DocumentReader(minimum_length=settings.minimum_string_length_for_document_embedding)
-    documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
+    document_service = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
     stack.callback(reader.close)
-    for service in (embeddings, token_embeddings, documents):
+    for service in (embeddings, token_embeddings, document_service):
         stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
     return Services(
         models=models,
         contents=ContentsService(store, models),
         embeddings=embeddings,
         token_embeddings=token_embeddings,
-        documents=documents,
+        documents=document_service,
+        document_downloads=DocumentDownloads(store),
+        jobs=JobService(
+            store,
+            models,
+            document_service,
+            spool_directory=find_spool_directory(settings),
+            max_waiting=settings.max_waiting_jobs,
+            keep_finished=timedelta(hours=settings.keep_finished_jobs_hours),
+        ),
         search=SearchService(store, models, embeddings, indexes),
         similarity=SimilarityService(embeddings, token_embeddings),
     )
+
+
+def find_spool_directory(settings: Settings) -> Path:
+    """Where documents wait for their turn: beside the database, which knows their jobs."""
+    database = Path(str(parse_database_url(settings.database_url).database))
+    return database.with_name(f"{database.name}-jobs")
 
 
 def find_security_token(settings: Settings) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
-from fastapi import APIRouter, UploadFile
+from fastapi import APIRouter
 from fastapi.responses import Response
 
 from embeddings_data_models import (
@@ -37,7 +37,7 @@ from llama_embeddings.api.dependencies import (
     Stamp,
 )
 from llama_embeddings.api.error_responses import describe_statuses
-from llama_embeddings.services.downloads import Download, render_document, render_token_level_bundle
+from llama_embeddings.services.downloads import Download, render_token_level_bundle
 from llama_embeddings.services.embeddings import EmbeddingAnswer
 from llama_embeddings.services.search import SearchHit
 
@@ -197,36 +197,6 @@ async def get_most_similar_string_from_database(
 def _render_hits(query_text: str, hits: Sequence[SearchHit]) -> SemanticSearchResponse:
     results = [SearchResult(search_result_text=hit.text, similarity_to_query_text=hit.similarity) for hit in hits]
     return SemanticSearchResponse(query_text=query_text, results=results)
-
-
-@router.post(
-    "/get_all_embedding_vectors_for_document/",
-    tags=["Documents"],
-    response_class=Response,
-    responses={**_ZIP_OR_JSON, **_COMPUTING_ERRORS, **describe_statuses(415)},
-)
-@router.post(
-    "/get_all_embeddings_for_document/",
-    tags=["Older names"],
-    deprecated=True,
-    response_class=Response,
-    responses={**_ZIP_OR_JSON, **_COMPUTING_ERRORS, **describe_statuses(415)},
-)
-async def get_all_embedding_vectors_for_document(
-    file: UploadFile,
-    services: CurrentServices,
-    stamp: Stamp,
-    model_name: str | None = None,
-    json_format: JsonFormat = "records",
-    send_back_json_or_zip_file: ReplyAs = "zip",
-) -> Response:
-    """Every sentence of a document (plain text or PDF) with its embedding."""
-    document = await services.documents.get_or_compute(
-        await file.read(), filename=file.filename or "document", model_name=model_name, stamp=stamp
-    )
-    return render_download(
-        render_document(document, json_format=json_format, as_zip=send_back_json_or_zip_file == "zip")
-    )
 
 
 @router.get("/get_list_of_models_with_their_states/", tags=["Models"], responses=describe_statuses(401))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.downloads import DocumentDownloads
 from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.jobs import JobService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
@@ -22,5 +24,7 @@ class Services:
     embeddings: EmbeddingService
     token_embeddings: TokenEmbeddingService
     documents: DocumentService
+    document_downloads: DocumentDownloads
+    jobs: JobService
     search: SearchService
     similarity: SimilarityService

@@ -35,6 +35,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "MAX_TEXTS_PER_REQUEST": (1, None),
     "MAX_REQUEST_SIZE_IN_MB": (0.001, None),
     "MINIMUM_STRING_LENGTH_FOR_DOCUMENT_EMBEDDING": (1, None),
+    "MAX_WAITING_JOBS": (1, None),
+    "KEEP_FINISHED_JOBS_HOURS": (0, 87_600),
     "DB_WRITE_BATCH_SIZE": (1, 10_000),
     "MAX_RETRIES": (0, 100),
     "RETRY_DELAY_BASE_SECONDS": (0, 60),
