@@ -24,7 +24,7 @@ EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 @router.get("", responses=describe_statuses(401))
 async def list_jobs(services: CurrentServices) -> JobsResponse:
     """Every job that waits, runs or was finished lately, oldest first."""
-    return JobsResponse(jobs=services.jobs.list())
+    return JobsResponse(jobs=services.jobs.list_all())
 
 
 @router.get("/{job_id}", responses=JOB_ERRORS)

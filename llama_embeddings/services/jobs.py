@@ -189,7 +189,7 @@ class JobService:
             path.unlink(missing_ok=True)
             raise
 
-    def list(self) -> list[JobDescription]:
+    def list_all(self) -> list[JobDescription]:
         """All jobs, oldest first."""
         return [_describe(job) for job in self._jobs.values()]
 
