@@ -81,6 +81,20 @@ class InputType(StrEnum):
     DOCUMENT = "document"
 
 
+class JobState(StrEnum):
+    """How far a job is. The last three are final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Requests and responses of the native API
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,6 +401,62 @@ class AdvancedSearchResponse(BaseModel):
     results: list[AdvancedSearchResult] = Field(description="Best first, without the query itself.")
 
 
+class SentenceOfDocument(BaseModel):
+    text: str = Field(examples=["Snow fell on the hills all night."])
+    page: int | None = Field(description="Counted from 1; null where the format has no pages.", examples=[None])
+    start: int = Field(description="First character, in the document's extracted text.", examples=[0])
+    end: int = Field(description="The character after the last one.", examples=[33])
+
+
+class SentencesResponse(BaseModel):
+    filename: str = Field(examples=["weather.txt"])
+    mimetype: str = Field(description="Told from the bytes, not from the name.", examples=["text/plain"])
+    total_number_of_sentences: int = Field(examples=[1])
+    sentences: list[SentenceOfDocument]
+
+
+class JobError(BaseModel):
+    """Why a job failed or, while it is running, what it waits for."""
+
+    code: str = Field(examples=["unreadable_document"])
+    detail: str = Field(examples=["The PDF is encrypted; send it without a password."])
+
+
+class JobLinks(BaseModel):
+    self: str = Field(examples=["/jobs/7f9c2ba4e88f827d61604550760585c8"])
+    events: str = Field(examples=["/jobs/7f9c2ba4e88f827d61604550760585c8/events"])
+    result: str | None = Field(
+        None, description="Null until the job is done.", examples=["/jobs/7f9c2ba4e88f827d61604550760585c8/result"]
+    )
+
+
+class JobDescription(BaseModel):
+    """A document that is embedded in the background, and how far that is."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    id: str = Field(examples=["7f9c2ba4e88f827d61604550760585c8"])
+    state: JobState = Field(examples=["running"])
+    filename: str = Field(examples=["book.pdf"])
+    model_name: str = Field(examples=["all-MiniLM-L6-v2"])
+    size_in_bytes: int = Field(examples=[1048576])
+    n_sentences_done: int = Field(description="Stored and searchable already.", examples=[2560])
+    n_sentences_total: int | None = Field(None, description="Null until the file was read.", examples=[6012])
+    sentences_per_second: float | None = Field(None, description="Over the last half minute.", examples=[165.2])
+    seconds_left: float | None = Field(None, description="At that rate.", examples=[20.9])
+    source: str | None = Field(
+        None, description="`store` if the document was there already, else `computed`.", examples=[None]
+    )
+    request_time: datetime = Field(description="When it was submitted.", examples=["2025-01-01T12:00:00Z"])
+    response_time: datetime | None = Field(None, description="When it was finished.", examples=[None])
+    error: JobError | None = Field(None, examples=[None])
+    links: JobLinks
+
+
+class JobsResponse(BaseModel):
+    jobs: list[JobDescription] = Field(description="Oldest first.")
+
+
 class ModelDescription(BaseModel):
     """A model and what is known of it; what only its file can tell is null until that is there."""
 
@@ -613,8 +683,24 @@ class Sentence:
 
 
 @dataclass(frozen=True, slots=True)
+class SentencePlaces:
+    """Where the sentences of a document stand and which rows hold them, each an int64 (n_sentences,).
+
+    Arrays, since a book has hundreds of thousands of sentences. A page of 0 means that the format has no pages.
+    """
+
+    row_ids: np.ndarray
+    pages: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class NewDocument:
-    """A document whose sentences are all stored already. `embedding_row_ids[i]` belongs to `sentences[i]`."""
+    """A document whose sentences are all stored already."""
 
     filename: str
     mimetype: str
@@ -623,8 +709,7 @@ class NewDocument:
     model_name: str
     recipe: str
     segmentation: str
-    sentences: tuple[Sentence, ...]
-    embedding_row_ids: tuple[int, ...]
+    places: SentencePlaces
     stamp: RequestStamp
     response_time: datetime
     collection: str = DEFAULT_COLLECTION
@@ -632,13 +717,40 @@ class NewDocument:
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """A document found again: its sentences and their vectors, float32 (n_sentences, n_dims)."""
+    """A document with all of its sentences in the store, from where they are read in parts.
+
+    `n_dims` is 0 where there are no sentences; `has_pages` says that every sentence has a page.
+    """
 
     row_id: int
     filename: str
-    sentences: tuple[Sentence, ...]
-    vectors: np.ndarray
+    mimetype: str
+    n_sentences: int
+    n_dims: int
+    has_pages: bool
     collections: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentJob:
+    """A document submitted to be embedded in the background, as the store keeps it.
+
+    A job that was running when the process ended is kept as waiting: it starts again, and what was computed is found.
+    """
+
+    id: str
+    state: JobState
+    filename: str
+    model_name: str
+    collection: str
+    size_in_bytes: int
+    stamp: RequestStamp
+    response_time: datetime | None = None
+    n_sentences: int | None = None
+    source: str | None = None
+    document_row_id: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -842,6 +954,25 @@ class FullTextProgress(Base):
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     last_row_id: Mapped[int] = mapped_column(Integer)
+
+
+class DocumentJobRow(_RequestTimes, Base):
+    """A document submitted to be embedded in the background; its bytes lie in a file until it is finished."""
+
+    __tablename__ = "document_jobs"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    state: Mapped[str] = mapped_column(String)
+    filename: Mapped[str] = mapped_column(String)
+    model_name: Mapped[str] = mapped_column(String)
+    collection: Mapped[str] = mapped_column(String)
+    size_in_bytes: Mapped[int] = mapped_column(Integer)
+    n_sentences: Mapped[int | None] = mapped_column(Integer)
+    source: Mapped[str | None] = mapped_column(String)
+    # No foreign key: the document may be forgotten before its job is, and its id is never given out again.
+    document_embedding_id: Mapped[int | None] = mapped_column(Integer)
+    error_code: Mapped[str | None] = mapped_column(String)
+    error_message: Mapped[str | None] = mapped_column(Text)
 
 
 class TokenLevelEmbeddingBundle(_RequestTimes, Base):

@@ -18,6 +18,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +32,9 @@ from embeddings_data_models import Truncation
 from llama_embeddings import observability
 from llama_embeddings.api import (
     cohere,
+    documents,
     health,
+    jobs,
     laboratory,
     llama_cpp_server,
     metrics,
@@ -63,8 +66,10 @@ from llama_embeddings.services.advanced_search import AdvancedSearchService
 from llama_embeddings.services.container import Services
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.downloads import DocumentDownloads
 from llama_embeddings.services.embeddings import EmbeddingService, load_known_texts
 from llama_embeddings.services.indexing import IndexService, TextVectors
+from llama_embeddings.services.jobs import JobService
 from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
@@ -80,6 +85,7 @@ from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 from llama_embeddings.services.token_index import TokenIndex, TokenVectors
 from llama_embeddings.services.tokenization import TokenizationService, read_token_table
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
+from llama_embeddings.storage.engine import parse_database_url
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
 from llama_embeddings.vectors.memory import bound_heaps
@@ -112,7 +118,9 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.services = await start_services(settings, backend, stack)
+            services = app.state.services = await start_services(settings, backend, stack)
+            stack.push_async_callback(services.jobs.stop)
+            await services.jobs.start()
             logger.info("Ready")
             yield
             logger.info("Stopping: finishing what is under way")
@@ -133,6 +141,8 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     # Routes are tried in this order, so those that are asked most come first.
     app.include_router(openai.router)
     app.include_router(native.router)
+    app.include_router(documents.router)
+    app.include_router(jobs.router)
     app.include_router(search_routes.router)
     app.include_router(laboratory.router)
     for dialect in (tei, ollama, cohere, shared_routes, llama_cpp_server, small_services):
@@ -292,18 +302,27 @@ def make_services(
     token_embeddings = TokenEmbeddingService(store, models, token_index, limits=limits, default_truncation=truncation)
     search = SearchService(store, models, embeddings, indexing)
     reader = make_document_reader(settings)
-    documents = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
+    document_service = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
     painter = Painter()
     stack.callback(reader.close)
     stack.callback(painter.close)
-    for service in (embeddings, token_embeddings, documents):
+    for service in (embeddings, token_embeddings, document_service):
         stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
     return Services(
         models=models,
         contents=ContentsService(store, models, embeddings, token_index),
         embeddings=embeddings,
         token_embeddings=token_embeddings,
-        documents=documents,
+        documents=document_service,
+        document_downloads=DocumentDownloads(store),
+        jobs=JobService(
+            store,
+            models,
+            document_service,
+            spool_directory=find_spool_directory(settings),
+            max_waiting=settings.max_waiting_jobs,
+            keep_finished=timedelta(hours=settings.keep_finished_jobs_hours),
+        ),
         search=search,
         advanced_search=AdvancedSearchService(store, search),
         late_interaction=LateInteractionService(search, token_embeddings, token_index),
@@ -356,6 +375,12 @@ def make_document_reader(settings: Settings) -> DocumentReader:
         time_limit_seconds=settings.document_time_limit_in_seconds,
         memory_limit_bytes=memory_limit_bytes,
     )
+
+
+def find_spool_directory(settings: Settings) -> Path:
+    """Where documents wait for their turn: beside the database, which knows their jobs."""
+    database = Path(str(parse_database_url(settings.database_url).database))
+    return database.with_name(f"{database.name}-jobs")
 
 
 def find_security_token(settings: Settings) -> str | None:

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llama_embeddings.commands import backup, import_embeddings
+from llama_embeddings.commands import backup, import_embeddings, ingest
 
 # Each has `add_parser(subparsers)`, which sets `run`: a function of the parsed arguments that returns the exit code.
-COMMANDS = (backup, import_embeddings)
+COMMANDS = (backup, import_embeddings, ingest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,9 @@ and to each dialect's body; a class that is not in its table falls back to its n
     │   ├── RequestTooLarge
     │   ├── ReceiveTimeout           its body came in too slowly
     │   ├── UnsupportedDocumentType
-    │   └── UnreadableDocument       the right type, but damaged, encrypted or without text
+    │   ├── UnreadableDocument       the right type, but damaged, encrypted or without text
+    │   ├── ResultNotAvailable       of a job that is not done, or will never be
+    │   └── RequestAbandoned         the caller went away before the answer
     ├── NotFound
     │   └── ModelNotFound
     ├── InvalidToken
@@ -96,6 +98,14 @@ class UnsupportedDocumentType(InvalidInput):
 
 class UnreadableDocument(InvalidInput):
     code = "unreadable_document"
+
+
+class ResultNotAvailable(InvalidInput):
+    code = "result_not_available"
+
+
+class RequestAbandoned(InvalidInput):
+    code = "request_abandoned"
 
 
 class NotFound(ServiceError):

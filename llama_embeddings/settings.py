@@ -251,6 +251,12 @@ class Settings:
     keep_document_files: bool = _setting(
         "KEEP_DOCUMENT_FILES", True, _boolean, "Keep the bytes of submitted documents in the database."
     )
+    max_waiting_jobs: int = _setting(
+        "MAX_WAITING_JOBS", 100, _number(int, 1), "Documents submitted with `background=true` that may wait their turn."
+    )
+    keep_finished_jobs_hours: float = _setting(
+        "KEEP_FINISHED_JOBS_HOURS", 24, _number(float, 0, 87_600), "How long a finished job can be asked for."
+    )
     database_url: str = _setting(
         "DATABASE_URL", "sqlite+aiosqlite:///embeddings.sqlite", _required_text, "Where everything is remembered."
     )

@@ -55,3 +55,7 @@ JsonFormat = Annotated[
     Query(description="Orientation of the rows, as in pandas' `to_json`."),
 ]
 ReplyAs = Annotated[Literal["json", "zip"], Query(description="JSON in the reply's body, or a zip file that holds it.")]
+DocumentReplyAs = Annotated[
+    Literal["json", "zip", "npz", "parquet"],
+    Query(description="JSON in the reply's body, a zip file that holds it, arrays for NumPy, or a Parquet file."),
+]

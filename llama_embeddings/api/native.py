@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, UploadFile
+from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from embeddings_data_models import (
@@ -28,7 +28,6 @@ from embeddings_data_models import (
 from llama_embeddings.api.dependencies import (
     CurrentServices,
     InCollection,
-    IntoCollection,
     JsonFormat,
     Limit,
     ModelName,
@@ -38,7 +37,7 @@ from llama_embeddings.api.dependencies import (
 )
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.api.replies import describe_answers, render_download, render_json
-from llama_embeddings.services.downloads import render_document, render_token_level_bundle
+from llama_embeddings.services.downloads import render_token_level_bundle
 
 router = APIRouter()
 
@@ -177,41 +176,6 @@ async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_stri
     )
     headers = {"x-tokens-used": str(len(bundle.tokens)), "x-tokens-dropped": str(bundle.n_tokens_dropped)}
     return render_download(download, headers)
-
-
-@router.post(
-    "/get_all_embedding_vectors_for_document/",
-    tags=["Documents"],
-    response_class=Response,
-    responses={**_ZIP_OR_JSON, **_COMPUTING_ERRORS, **describe_statuses(415)},
-)
-@router.post(
-    "/get_all_embeddings_for_document/",
-    tags=["Older names"],
-    deprecated=True,
-    response_class=Response,
-    responses={**_ZIP_OR_JSON, **_COMPUTING_ERRORS, **describe_statuses(415)},
-)
-async def get_all_embedding_vectors_for_document(
-    file: UploadFile,
-    services: CurrentServices,
-    stamp: Stamp,
-    model_name: str | None = None,
-    corpus_identifier_string: IntoCollection = None,
-    json_format: JsonFormat = "records",
-    send_back_json_or_zip_file: ReplyAs = "zip",
-) -> Response:
-    """Every sentence of a document (see README for the types) with its embedding."""
-    document = await services.documents.get_or_compute(
-        await file.read(),
-        filename=file.filename or "document",
-        model_name=model_name,
-        collection=corpus_identifier_string or DEFAULT_COLLECTION,
-        stamp=stamp,
-    )
-    return render_download(
-        render_document(document, json_format=json_format, as_zip=send_back_json_or_zip_file == "zip")
-    )
 
 
 @router.get("/get_list_of_models_with_their_states/", tags=["Models"], responses=describe_statuses(401))

@@ -1,7 +1,8 @@
-"""Rows of text and vector to the bytes of a JSON file in pandas' six orientations, and to a zip file to download.
+"""Rows of text and vector as JSON in pandas' six orientations, in parts or whole, and the names of downloads.
 
 The JSON has the structure that `pandas.DataFrame.to_json` writes and `pandas.read_json` reads, but pandas is not
-needed: vectors go from float32 arrays straight to text, in the shortest form that gives the same float32 back.
+needed: vectors go from float32 arrays straight to text, in the shortest form that gives the same float32 back. Knows
+neither where rows come from nor how files are sent; binary formats and archives are in `archives.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import io
 import re
 import unicodedata
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -19,8 +21,6 @@ import orjson
 
 from llama_embeddings.errors import InvalidInput
 
-Rows = Sequence[tuple[str, np.ndarray]]
-
 _MAXIMUM_FILE_NAME_BYTES = 200  # file systems allow 255; room is left for an ending
 _EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -28,19 +28,62 @@ _EARLIEST_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def render_records(rows: Rows, *, label: str, json_format: str) -> bytes:
-    """Render (text, float32 (n_dims,)) rows as UTF-8 JSON with the columns `label` and "embedding".
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Neighbouring rows, the first of which is row `first`: values by column, vectors as float32 (n, n_dims)."""
+
+    first: int
+    columns: Mapping[str, Sequence[Any] | np.ndarray]
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        return list(zip(*self.columns.values(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a file that goes once through all rows: `opening`, the batches with `separator` between, `closing`.
+
+    `render` takes batches of the columns named.
+    """
+
+    opening: bytes
+    render: Callable[[Batch], bytes]
+    closing: bytes
+    columns: tuple[str, ...]
+    separator: bytes = b","
+
+
+# Names of the columns with their types in JSON Table Schema, in their order.
+Columns = Mapping[str, str]
+EMBEDDING_COLUMNS: Columns = {"text": "string", "embedding": "string"}
+
+
+def plan_json(json_format: str, columns: Columns, n_rows: int) -> list[Part]:
+    """The parts of a JSON file of `n_rows` rows. Most orientations are one part; "columns" is one for each column.
 
     `json_format` is an orientation of `pandas.read_json`; the empty string means "records". Raises InvalidInput for
     any other.
     """
-    arrange = _ORIENTATIONS.get(json_format or "records")
-    if arrange is None:
+    plan = _ORIENTATIONS.get(json_format or "records")
+    if plan is None:
         raise InvalidInput(
             f"Unknown json_format {json_format!r}. Known: {', '.join(_ORIENTATIONS)}.", field="json_format"
         )
-    prepared = [(_make_encodable(text), np.ascontiguousarray(vector, dtype=np.float32)) for text, vector in rows]
-    return orjson.dumps(arrange(prepared, label), option=orjson.OPT_SERIALIZE_NUMPY)
+    return plan(columns, n_rows)
+
+
+def render_records(rows: Sequence[tuple[str, np.ndarray]], *, label: str, json_format: str) -> bytes:
+    """Render (text, float32 (n_dims,)) rows as UTF-8 JSON with the columns `label` and "embedding".
+
+    `json_format` as in plan_json. Raises InvalidInput.
+    """
+    columns: dict[str, list[Any]] = {label: [_make_encodable(text) for text, _ in rows]}
+    columns["embedding"] = [np.ascontiguousarray(vector, dtype=np.float32) for _, vector in rows]
+    rendered = []
+    for part in plan_json(json_format, {label: "string", "embedding": "string"}, len(rows)):
+        batch = Batch(0, {name: columns[name] for name in part.columns})
+        rendered += [part.opening, part.render(batch), part.closing]
+    return b"".join(rendered)
 
 
 def _make_encodable(text: str) -> str:
@@ -48,51 +91,85 @@ def _make_encodable(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _arrange_records(rows: Rows, label: str) -> Any:
-    return [{label: text, "embedding": vector} for text, vector in rows]
+def _dump(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _arrange_split(rows: Rows, label: str) -> Any:
-    return {"columns": [label, "embedding"], "index": list(range(len(rows))), "data": _arrange_values(rows, label)}
+def _dump_inside(value: Any) -> bytes:
+    """A list or an object without its brackets, to be put together with others."""
+    return _dump(value)[1:-1]
 
 
-def _arrange_index(rows: Rows, label: str) -> Any:
-    return {str(position): record for position, record in enumerate(_arrange_records(rows, label))}
+def _plan_records(columns: Columns, n_rows: int) -> list[Part]:
+    return [Part(b"[", _render_records, b"]", tuple(columns))]
 
 
-def _arrange_columns(rows: Rows, label: str) -> Any:
-    return {
-        label: {str(position): text for position, (text, _) in enumerate(rows)},
-        "embedding": {str(position): vector for position, (_, vector) in enumerate(rows)},
-    }
+def _render_records(batch: Batch) -> bytes:
+    return _dump_inside([dict(zip(batch.columns, row, strict=True)) for row in batch.rows()])
 
 
-def _arrange_values(rows: Rows, label: str) -> Any:
-    return [[text, vector] for text, vector in rows]
+def _plan_values(columns: Columns, n_rows: int) -> list[Part]:
+    return [Part(b"[", _render_values, b"]", tuple(columns))]
 
 
-def _arrange_table(rows: Rows, label: str) -> Any:
+def _render_values(batch: Batch) -> bytes:
+    return _dump_inside(batch.rows())
+
+
+def _plan_split(columns: Columns, n_rows: int) -> list[Part]:
+    head = _dump({"columns": list(columns), "index": list(range(n_rows))})
+    return [Part(head[:-1] + b',"data":[', _render_values, b"]}", tuple(columns))]
+
+
+def _plan_index(columns: Columns, n_rows: int) -> list[Part]:
+    return [Part(b"{", _render_index, b"}", tuple(columns))]
+
+
+def _render_index(batch: Batch) -> bytes:
+    rows = enumerate(batch.rows(), batch.first)
+    return _dump_inside({str(position): dict(zip(batch.columns, row, strict=True)) for position, row in rows})
+
+
+def _plan_columns(columns: Columns, n_rows: int) -> list[Part]:
+    *others, last = columns
+    parts = [Part(_dump(name) + b":{", _render_column, b"},", (name,)) for name in others]
+    parts.append(Part(_dump(last) + b":{", _render_column, b"}}", (last,)))
+    return [replace(parts[0], opening=b"{" + parts[0].opening), *parts[1:]]
+
+
+def _render_column(batch: Batch) -> bytes:
+    [values] = batch.columns.values()
+    return _dump_inside({str(position): value for position, value in enumerate(values, batch.first)})
+
+
+def _plan_table(columns: Columns, n_rows: int) -> list[Part]:
     """JSON Table Schema (https://specs.frictionlessdata.io/table-schema/) with the fields that pandas writes."""
+    first, *others = columns
     schema = {
         "fields": [
             {"name": "index", "type": "integer"},
-            {"name": label, "type": "string", "extDtype": "str"},
-            {"name": "embedding", "type": "string"},
+            {"name": first, "type": "string", "extDtype": "str"},
+            *({"name": name, "type": columns[name]} for name in others),
         ],
         "primaryKey": ["index"],
         "pandas_version": "1.4.0",  # the version of the schema, which pandas still writes and asks for
     }
-    data = [{"index": position, label: text, "embedding": vector} for position, (text, vector) in enumerate(rows)]
-    return {"schema": schema, "data": data}
+    return [Part(b'{"schema":' + _dump(schema) + b',"data":[', _render_table, b"]}", tuple(columns))]
 
 
-_ORIENTATIONS: dict[str, Callable[[Rows, str], Any]] = {
-    "records": _arrange_records,
-    "split": _arrange_split,
-    "index": _arrange_index,
-    "columns": _arrange_columns,
-    "values": _arrange_values,
-    "table": _arrange_table,
+def _render_table(batch: Batch) -> bytes:
+    names = ("index", *batch.columns)
+    rows = enumerate(batch.rows(), batch.first)
+    return _dump_inside([dict(zip(names, (position, *row), strict=True)) for position, row in rows])
+
+
+_ORIENTATIONS: dict[str, Callable[[Columns, int], list[Part]]] = {
+    "records": _plan_records,
+    "split": _plan_split,
+    "index": _plan_index,
+    "columns": _plan_columns,
+    "values": _plan_values,
+    "table": _plan_table,
 }
 
 

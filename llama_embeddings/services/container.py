@@ -8,7 +8,9 @@ from embeddings_data_models import Truncation
 from llama_embeddings.services.advanced_search import AdvancedSearchService
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
+from llama_embeddings.services.downloads import DocumentDownloads
 from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.jobs import JobService
 from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.readiness import ReadinessService
@@ -30,6 +32,8 @@ class Services:
     embeddings: EmbeddingService
     token_embeddings: TokenEmbeddingService
     documents: DocumentService
+    document_downloads: DocumentDownloads
+    jobs: JobService
     search: SearchService
     advanced_search: AdvancedSearchService
     late_interaction: LateInteractionService

@@ -1,12 +1,19 @@
-"""Documents in, the embedding of every sentence out; the same document again comes from the store."""
+"""Documents in, the embedding of every sentence out; the same document again comes from the store.
+
+A document is taken in by parts: a part's sentences are fitted into the model's window, embedded and stored, and what is
+kept of them is where they stand. So a book takes no more memory than a page, and is read back from the store by parts
+as well.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
-from hashlib import sha3_256
+from array import array
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,13 +23,15 @@ from embeddings_data_models import (
     NewDocument,
     RequestStamp,
     Sentence,
+    SentencePlaces,
     StoredDocument,
     utc_now,
 )
-from llama_embeddings.documents.reader import DocumentReader
-from llama_embeddings.errors import UnreadableDocument
+from llama_embeddings.documents.reader import DocumentReader, ReadDocument
+from llama_embeddings.errors import Unavailable, UnreadableDocument
 from llama_embeddings.inference.engine import EmbeddingEngine
-from llama_embeddings.services.embeddings import EmbeddingAnswer, EmbeddingService
+from llama_embeddings.services.document_files import DocumentFile
+from llama_embeddings.services.embeddings import EmbeddingAnswer, EmbeddingService, Source
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.storage.store import EmbeddingStore
@@ -30,10 +39,57 @@ from llama_embeddings.storage.store import EmbeddingStore
 logger = logging.getLogger(__name__)
 
 SENTENCES_PER_CHUNK = 256
-# Two chunks under way keep the engine busy while one is being written down.
-CHUNKS_IN_FLIGHT = 2
+# While one chunk is written down and the next one is prepared, the engine has another to compute.
+CHUNKS_IN_FLIGHT = 3
 
-_Key = tuple[str, str, str, str, str]
+# Called with the sentences that are stored and, once it is known, with how many there are in all.
+Report = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What tells documents apart."""
+
+    file_hash: str
+    filename: str
+    model_name: str
+    recipe: str
+    segmentation: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentAnswer:
+    """A document and how it came about: from the store, or computed now."""
+
+    document: StoredDocument
+    source: Source
+
+
+@dataclass(slots=True)
+class _Intake:
+    """A document while it is taken in: what is known of it so far, and where the sentences stand that are stored."""
+
+    key: _Key
+    stamp: RequestStamp
+    mimetype: str = ""
+    # None until the file was read to its end.
+    n_sentences: int | None = None
+    n_done: int = 0
+    row_ids: array[int] = field(default_factory=lambda: array("q"))
+    pages: array[int] = field(default_factory=lambda: array("q"))
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("q"))
+
+    def add(self, sentences: Sequence[Sentence], answers: Sequence[EmbeddingAnswer]) -> None:
+        """Note where the next sentences stand, and which rows hold them."""
+        self.row_ids.extend(answer.embedding.row_id for answer in answers)
+        self.pages.extend(sentence.page or 0 for sentence in sentences)
+        self.starts.extend(sentence.start for sentence in sentences)
+        self.ends.extend(sentence.end for sentence in sentences)
+
+    def places(self) -> SentencePlaces:
+        columns = (self.row_ids, self.pages, self.starts, self.ends)
+        return SentencePlaces(*(np.frombuffer(column, np.int64) for column in columns))
 
 
 class DocumentService:
@@ -53,82 +109,176 @@ class DocumentService:
         self._embeddings = embeddings
         self._reader = reader
         self._keeps_files = keeps_files
-        self._flights: SingleFlight[_Key, StoredDocument] = SingleFlight()
+        self._flights: SingleFlight[_Key, DocumentAnswer] = SingleFlight()
+        self._reports: defaultdict[_Key, list[Report]] = defaultdict(list)
 
     async def get_or_compute(
         self,
-        data: bytes,
+        file: DocumentFile,
         *,
         filename: str,
         model_name: str | None = None,
         collection: str = DEFAULT_COLLECTION,
         stamp: RequestStamp | None = None,
-    ) -> StoredDocument:
-        """Sentences and vectors of a file. Raises UnsupportedDocumentType, UnreadableDocument, RequestTooLarge."""
-        file_hash = await asyncio.to_thread(lambda: sha3_256(data).hexdigest())
-        name = self._models.resolve(model_name)
+        report: Report | None = None,
+    ) -> DocumentAnswer:
+        """A file's sentences and vectors, all of them in the store when this returns.
+
+        `report` is told of the progress, also where another caller's work on the same document is joined. Raises
+        UnsupportedDocumentType, UnreadableDocument, RequestTooLarge, and what computing embeddings raises.
+        """
+        key = await self._identify(file, filename, model_name)
+
+        async def fly(flight: Flight[_Key, DocumentAnswer]) -> dict[_Key, DocumentAnswer]:
+            # A file of its own: who started the work may leave while others wait for it.
+            with file.duplicate() as own_file:
+                return {key: await self._find_or_take_in(own_file, key, collection, stamp or RequestStamp(), flight)}
+
+        with self._reporting(key, report):
+            answer = (await self._flights.run([key], fly))[key]
+        # Whoever shared another's work, or finds it done, may want the document elsewhere.
+        if collection not in answer.document.collections:
+            await self._store.place_document(answer.document.row_id, collection)
+        return answer
+
+    async def _identify(self, file: DocumentFile, filename: str, model_name: str | None) -> _Key:
+        file_hash = await asyncio.to_thread(file.compute_hash)
         recipe = (await self._models.recipe(model_name, InputType.DOCUMENT)).family
-        key = (file_hash, filename, name, recipe, self._reader.segmentation)
+        name = self._models.resolve(model_name)
+        return _Key(file_hash, filename, name, recipe, self._reader.segmentation)
 
-        async def fly(flight: Flight[_Key, StoredDocument]) -> dict[_Key, StoredDocument]:
-            found = await self._store.find_document(*key)
-            return {key: found or await self._take_in(data, key, collection, stamp or RequestStamp(), flight)}
+    @contextlib.contextmanager
+    def _reporting(self, key: _Key, report: Report | None) -> Iterator[None]:
+        if report is None:
+            yield
+            return
+        self._reports[key].append(report)
+        try:
+            yield
+        finally:
+            self._reports[key].remove(report)
+            if not self._reports[key]:
+                del self._reports[key]
 
-        document = (await self._flights.run([key], fly))[key]
-        if collection not in document.collections:
-            await self._store.place_document(document.row_id, collection)
-        return document
+    async def _find_or_take_in(
+        self,
+        file: DocumentFile,
+        key: _Key,
+        collection: str,
+        stamp: RequestStamp,
+        flight: Flight[_Key, DocumentAnswer],
+    ) -> DocumentAnswer:
+        found = await self._find(key)
+        if found is not None:
+            return DocumentAnswer(found, Source.STORE)
+        row_id = await self._take_in(file, key, collection, stamp, flight)
+        document = await self._store.describe_document(row_id)
+        if document is None:
+            raise Unavailable("The document was deleted while it was being stored. Submit it again.")
+        return DocumentAnswer(document, Source.COMPUTED)
+
+    async def _find(self, key: _Key) -> StoredDocument | None:
+        return await self._store.find_document(
+            key.file_hash, key.filename, key.model_name, key.recipe, key.segmentation
+        )
 
     async def _take_in(
-        self, data: bytes, key: _Key, collection: str, stamp: RequestStamp, flight: Flight[_Key, StoredDocument]
-    ) -> StoredDocument:
-        file_hash, filename, name, recipe, segmentation = key
-        document = await self._reader.read(data)
-        async with self._models.lease(name) as engine:
-            prompt = (await self._models.recipe(name, InputType.DOCUMENT)).prompt
-            sentences = await asyncio.to_thread(fit_sentences, engine, document.sentences, prompt)
-        if not sentences:
+        self,
+        file: DocumentFile,
+        key: _Key,
+        collection: str,
+        stamp: RequestStamp,
+        flight: Flight[_Key, DocumentAnswer],
+    ) -> int:
+        intake = _Intake(key, stamp)
+        await self._embed(file, intake)
+        if not intake.row_ids:
             raise UnreadableDocument("The document has no sentence that the model can read.", field="file")
-        answers = await self._embed(sentences, name, stamp)
         flight.make_final()
         new = NewDocument(
-            filename=filename,
-            mimetype=document.mimetype,
-            file_hash=file_hash,
-            file_data=data if self._keeps_files else None,
-            model_name=name,
-            recipe=recipe,
-            segmentation=segmentation,
-            sentences=tuple(sentences),
-            embedding_row_ids=tuple(answer.embedding.row_id for answer in answers),
+            filename=key.filename,
+            mimetype=intake.mimetype,
+            file_hash=key.file_hash,
+            file_data=await asyncio.to_thread(file.read) if self._keeps_files else None,
+            model_name=key.model_name,
+            recipe=key.recipe,
+            segmentation=key.segmentation,
+            places=intake.places(),
             stamp=stamp,
             response_time=utc_now(),
             collection=collection,
         )
         row_id = await self._store.add_document(new)
-        logger.info("Took in a document of %d bytes: %d sentences", len(data), len(sentences))
-        vectors = np.stack([answer.vector for answer in answers])
-        return StoredDocument(row_id, filename, new.sentences, vectors, frozenset([collection]))
+        logger.info("Took in a document of %d bytes: %d sentences", file.size_in_bytes, len(intake.row_ids))
+        return row_id
 
-    async def _embed(self, sentences: Sequence[Sentence], name: str, stamp: RequestStamp) -> list[EmbeddingAnswer]:
-        gate = asyncio.Semaphore(CHUNKS_IN_FLIGHT)
+    async def _embed(self, file: DocumentFile, intake: _Intake) -> None:
+        """Every sentence computed and stored, some chunks at a time; what was stored stays if this ends early."""
+        under_way: set[asyncio.Task[None]] = set()
+        last: asyncio.Task[None] | None = None
+        try:
+            async for chunk in self._read_in_chunks(file, intake):
+                last = asyncio.create_task(self._embed_chunk(chunk, intake, after=last))
+                under_way.add(last)
+                if len(under_way) >= CHUNKS_IN_FLIGHT:
+                    under_way = await _wait_for_one(under_way)
+            while under_way:
+                under_way = await _wait_for_one(under_way)
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
 
-        async def embed_chunk(chunk: Sequence[Sentence]) -> list[EmbeddingAnswer]:
-            async with gate:
-                return await self._embeddings.get_or_compute_sentences(
-                    [sentence.text for sentence in chunk], model_name=name, stamp=stamp
-                )
+    async def _read_in_chunks(self, file: DocumentFile, intake: _Intake) -> AsyncIterator[Sequence[Sentence]]:
+        """The file's sentences by chunks. The file's bytes are let go before the first."""
+        document = await self.read(file, filename=intake.key.filename)
+        intake.mimetype, intake.n_sentences = document.mimetype, len(document.sentences)
+        self._tell(intake)
+        for start in range(0, len(document.sentences), SENTENCES_PER_CHUNK):
+            yield document.sentences[start : start + SENTENCES_PER_CHUNK]
 
-        starts = range(0, len(sentences), SENTENCES_PER_CHUNK)
-        async with asyncio.TaskGroup() as group:
-            chunks = [
-                group.create_task(embed_chunk(sentences[start : start + SENTENCES_PER_CHUNK])) for start in starts
-            ]
-        return [answer for chunk in chunks for answer in chunk.result()]
+    async def _embed_chunk(
+        self, sentences: Sequence[Sentence], intake: _Intake, *, after: asyncio.Task[None] | None
+    ) -> None:
+        """Embed a chunk beside the one before it, and note its places after that one's."""
+        fitting = await self._fit(sentences, intake.key.model_name)
+        answers = await self._embeddings.get_or_compute_sentences(
+            [sentence.text for sentence in fitting], model_name=intake.key.model_name, stamp=intake.stamp
+        )
+        if after is not None:
+            await asyncio.shield(after)
+        intake.add(fitting, answers)
+        intake.n_done += len(sentences)
+        self._tell(intake)
+
+    async def _fit(self, sentences: Sequence[Sentence], model_name: str) -> list[Sentence]:
+        async with self._models.lease(model_name) as engine:
+            prompt = (await self._models.recipe(model_name, InputType.DOCUMENT)).prompt
+            return await asyncio.to_thread(fit_sentences, engine, sentences, prompt)
+
+    def _tell(self, intake: _Intake) -> None:
+        for report in self._reports.get(intake.key, ()):
+            report(intake.n_done, intake.n_sentences)
+
+    async def read(self, file: DocumentFile, *, filename: str | None = None) -> ReadDocument:
+        """A file's sentences, without embedding them. Raises UnsupportedDocumentType, UnreadableDocument."""
+        return await self._reader.read(await asyncio.to_thread(file.read), filename=filename)
+
+    async def find_by_row_id(self, row_id: int) -> StoredDocument | None:
+        """A document that was taken in before, or None if it was deleted since."""
+        return await self._store.describe_document(row_id)
 
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""
         await self._flights.drain(timeout_seconds=timeout_seconds)
+
+
+async def _wait_for_one(tasks: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+    """Those that are left when the first ones are done. Raises what they raise."""
+    done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    return left
 
 
 def fit_sentences(engine: EmbeddingEngine, sentences: Sequence[Sentence], prompt: str = "") -> list[Sentence]:

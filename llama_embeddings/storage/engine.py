@@ -256,6 +256,15 @@ def fetch_by_ids(connection: Connection, columns: str, table: str, row_ids: Sequ
     return connection.exec_driver_sql(statement, wanted).all()
 
 
+def insert_or_overwrite(table: Table) -> Insert:
+    """An INSERT that overwrites the row with the same primary key."""
+    insertion = sqlite_insert(table)
+    others = [column.name for column in table.columns if not column.primary_key]
+    return insertion.on_conflict_do_update(
+        index_elements=list(table.primary_key.columns), set_={name: insertion.excluded[name] for name in others}
+    )
+
+
 def read_version(connection: Connection) -> int:
     """The number of the last migration applied; 0 for a new database."""
     return connection.exec_driver_sql("PRAGMA user_version").scalar_one()

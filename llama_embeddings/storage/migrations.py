@@ -222,7 +222,34 @@ COLLECTIONS_AND_FULL_TEXT = Migration(
     ),
 )
 
-MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA, COLLECTIONS_AND_FULL_TEXT)
+DOCUMENT_JOBS = Migration(
+    version=3,
+    description="documents embedded in the background",
+    statements=(
+        """
+        CREATE TABLE document_jobs (
+            id VARCHAR(32) NOT NULL,
+            state VARCHAR NOT NULL,
+            filename VARCHAR NOT NULL,
+            model_name VARCHAR NOT NULL,
+            collection VARCHAR NOT NULL,
+            size_in_bytes INTEGER NOT NULL,
+            n_sentences INTEGER,
+            source VARCHAR,
+            document_embedding_id INTEGER,
+            error_code VARCHAR,
+            error_message TEXT,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            PRIMARY KEY (id)
+        )
+        """,
+    ),
+)
+
+MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA, COLLECTIONS_AND_FULL_TEXT, DOCUMENT_JOBS)
 
 
 def find_newest_version(migrations: Sequence[Migration] = MIGRATIONS) -> int:

@@ -33,6 +33,7 @@ from embeddings_data_models import (
     Document,
     DocumentCollection,
     DocumentEmbedding,
+    DocumentJobRow,
     DocumentSentence,
     EmbeddingCollection,
     FullTextProgress,
@@ -41,7 +42,7 @@ from embeddings_data_models import (
     TokenLevelEmbeddingBundle,
     TokenLevelEmbeddingBundleCombinedFeatureVector,
 )
-from llama_embeddings.storage.engine import insert_unless_present
+from llama_embeddings.storage.engine import insert_or_overwrite, insert_unless_present
 
 collections = cast(Table, Collection.__table__)
 embeddings = cast(Table, TextEmbedding.__table__)
@@ -51,6 +52,7 @@ full_text_progress = cast(Table, FullTextProgress.__table__)
 documents = cast(Table, Document.__table__)
 document_embeddings = cast(Table, DocumentEmbedding.__table__)
 document_sentences = cast(Table, DocumentSentence.__table__)
+document_jobs = cast(Table, DocumentJobRow.__table__)
 bundles = cast(Table, TokenLevelEmbeddingBundle.__table__)
 tokens = cast(Table, TokenLevelEmbedding.__table__)
 feature_vectors = cast(Table, TokenLevelEmbeddingBundleCombinedFeatureVector.__table__)
@@ -160,6 +162,8 @@ READ_TEXT_HASHES = (
 )
 
 FIND_TEXTS_OF_ROWS = select(embeddings.c.id, embeddings.c.text).where(_is_any_of(embeddings.c.id, "row_ids"))
+
+COUNT_ROWS_PRESENT = select(func.count()).select_from(embeddings).where(_is_any_of(embeddings.c.id, "row_ids"))
 
 COUNT_BY_GROUP = (
     select(embeddings.c.model_name, embeddings.c.recipe, func.count())
@@ -308,21 +312,50 @@ _IS_WANTED_DOCUMENT_EMBEDDING = (
     document_embeddings.c.filename == bindparam("filename"),
 )
 
-FIND_DOCUMENT_EMBEDDING = select(document_embeddings.c.id, document_embeddings.c.n_sentences).where(
-    *_IS_WANTED_DOCUMENT_EMBEDDING
+FIND_DOCUMENT_EMBEDDING = select(document_embeddings.c.id).where(*_IS_WANTED_DOCUMENT_EMBEDDING)
+
+_SENTENCES_OF_DOCUMENT = document_sentences.c.document_embedding_id == document_embeddings.c.id
+
+DESCRIBE_DOCUMENT_EMBEDDING = select(
+    document_embeddings.c.filename,
+    document_embeddings.c.mimetype,
+    document_embeddings.c.n_sentences,
+    select(func.count()).where(_SENTENCES_OF_DOCUMENT).correlate(document_embeddings).scalar_subquery(),
+    select(func.count(document_sentences.c.page))
+    .where(_SENTENCES_OF_DOCUMENT)
+    .correlate(document_embeddings)
+    .scalar_subquery(),
+    select(func.length(embeddings.c.embedding))
+    .join(document_sentences, document_sentences.c.embedding_id == embeddings.c.id)
+    .where(_SENTENCES_OF_DOCUMENT, document_sentences.c.position == 0)
+    .correlate(document_embeddings)
+    .scalar_subquery(),
+).where(document_embeddings.c.id == bindparam("document_embedding_id"))
+
+_IS_PART_OF_DOCUMENT = (
+    document_sentences.c.document_embedding_id == bindparam("document_embedding_id"),
+    document_sentences.c.position >= bindparam("first"),
+    document_sentences.c.position < bindparam("end_position"),
 )
 
-FIND_SENTENCES = (
-    select(
-        embeddings.c.text,
-        document_sentences.c.page,
-        document_sentences.c.start,
-        document_sentences.c.end,
-        _as_bytes(embeddings.c.embedding),
-    )
+READ_SENTENCES = (
+    select(embeddings.c.text, document_sentences.c.page, document_sentences.c.start, document_sentences.c.end)
     .join(embeddings, embeddings.c.id == document_sentences.c.embedding_id)
-    .where(document_sentences.c.document_embedding_id == bindparam("document_embedding_id"))
+    .where(*_IS_PART_OF_DOCUMENT)
     .order_by(document_sentences.c.position)
+)
+
+READ_SENTENCE_VECTORS = (
+    select(_as_bytes(embeddings.c.embedding))
+    .join(document_sentences, embeddings.c.id == document_sentences.c.embedding_id)
+    .where(*_IS_PART_OF_DOCUMENT)
+    .order_by(document_sentences.c.position)
+)
+
+MEASURE_LONGEST_SENTENCE = (
+    select(func.coalesce(func.max(func.length(embeddings.c.text)), 0))
+    .join(document_sentences, embeddings.c.id == document_sentences.c.embedding_id)
+    .where(document_sentences.c.document_embedding_id == bindparam("document_embedding_id"))
 )
 
 FIND_DOCUMENT_ID = select(documents.c.id).where(
@@ -463,3 +496,27 @@ def select_sentences(
     if model_name is not None:
         statement = statement.where(document_embeddings.c.model_name == model_name)
     return statement
+
+
+# --- jobs ---
+
+PUT_JOB = insert_or_overwrite(document_jobs)
+
+DELETE_JOB = delete(document_jobs).where(document_jobs.c.id == bindparam("job_id"))
+
+LIST_JOBS = select(
+    document_jobs.c.id,
+    document_jobs.c.state,
+    document_jobs.c.filename,
+    document_jobs.c.model_name,
+    document_jobs.c.collection,
+    document_jobs.c.size_in_bytes,
+    document_jobs.c.ip_address,
+    document_jobs.c.request_time,
+    document_jobs.c.response_time,
+    document_jobs.c.n_sentences,
+    document_jobs.c.source,
+    document_jobs.c.document_embedding_id,
+    document_jobs.c.error_code,
+    document_jobs.c.error_message,
+).order_by(document_jobs.c.request_time, document_jobs.c.id)

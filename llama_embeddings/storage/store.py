@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,17 +27,20 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from embeddings_data_models import (
     BulkEmbeddings,
+    DocumentJob,
     EmbeddingGroup,
+    JobState,
     NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
+    RequestStamp,
     Sentence,
     StoredCollection,
     StoredDocument,
     StoredEmbedding,
     StoredTokenLevelBundle,
 )
-from llama_embeddings.errors import InvalidInput, StoreBusy, StoreFull, StoreUnusable
+from llama_embeddings.errors import InvalidInput, StoreBusy, StoreFull, StoreUnusable, Unavailable
 from llama_embeddings.storage import filters, full_text, statements, writes
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.collection_names import CollectionNames
@@ -362,7 +365,7 @@ class EmbeddingStore:
     async def find_document(
         self, file_hash: str, filename: str, model_name: str, recipe: str, segmentation: str
     ) -> StoredDocument | None:
-        """A document with all its sentences, or None: also if one of them was forgotten since."""
+        """A document whose sentences are all there, or None: also if one of them was forgotten since."""
         key = {
             "file_hash": file_hash,
             "filename": filename,
@@ -370,26 +373,54 @@ class EmbeddingStore:
             "recipe": recipe,
             "segmentation": segmentation,
         }
-        for row_id, n_sentences in await self._fetch(statements.FIND_DOCUMENT_EMBEDDING, key):
-            rows = await self._fetch(statements.FIND_SENTENCES, {"document_embedding_id": row_id})
-            if len(rows) == n_sentences:
-                names = await self._fetch(statements.FIND_COLLECTIONS_OF_DOCUMENT, {"document_embedding_id": row_id})
+        for (row_id,) in await self._fetch(statements.FIND_DOCUMENT_EMBEDDING, key):
+            return await self.describe_document(row_id)
+        return None
+
+    async def describe_document(self, row_id: int) -> StoredDocument | None:
+        """A document by its row id, or None: also if one of its sentences was forgotten since."""
+        key = {"document_embedding_id": row_id}
+        for row in await self._fetch(statements.DESCRIBE_DOCUMENT_EMBEDDING, key):
+            filename, mimetype, n_sentences, n_present, n_with_page, n_bytes = row
+            if n_present == n_sentences:
+                has_pages = n_with_page == n_sentences
+                names = await self._fetch(statements.FIND_COLLECTIONS_OF_DOCUMENT, key)
+                collections = frozenset(name for (name,) in names)
                 return StoredDocument(
-                    row_id,
-                    filename,
-                    tuple(Sentence(text, page, start, end) for text, page, start, end, _ in rows),
-                    _stack([row[4] for row in rows]),
-                    frozenset(name for (name,) in names),
+                    row_id, filename, mimetype, n_sentences, (n_bytes or 0) // 4, has_pages, collections
                 )
         return None
+
+    async def read_sentences(self, document: StoredDocument, first: int, count: int) -> list[Sentence]:
+        """`count` sentences of a document from `first` on. Raises Unavailable if it was forgotten meanwhile."""
+        rows = await self._read_part(statements.READ_SENTENCES, document, first, count)
+        return [Sentence(text, page, start, end) for text, page, start, end in rows]
+
+    async def read_sentence_vectors(self, document: StoredDocument, first: int, count: int) -> np.ndarray:
+        """float32 (count, n_dims) of the same sentences. Raises Unavailable if they were forgotten meanwhile."""
+        rows = await self._read_part(statements.READ_SENTENCE_VECTORS, document, first, count)
+        return _stack([vector for (vector,) in rows])
+
+    async def _read_part(
+        self, statement: Executable, document: StoredDocument, first: int, count: int
+    ) -> Sequence[Any]:
+        parameters = {"document_embedding_id": document.row_id, "first": first, "end_position": first + count}
+        rows = await self._fetch(statement, parameters)
+        if len(rows) != min(count, document.n_sentences - first):
+            raise Unavailable("The document was deleted, or a sentence of it, while it was read. Submit it again.")
+        return rows
+
+    async def measure_longest_sentence(self, document: StoredDocument) -> int:
+        """Characters of the longest sentence; 0 if there is none."""
+        key = {"document_embedding_id": document.row_id}
+        [[n_characters]] = await self._fetch(statements.MEASURE_LONGEST_SENTENCE, key)
+        return int(n_characters)
 
     async def add_document(self, document: NewDocument) -> int:
         """Keep a document whose sentences are stored, and return its row id; the existing one's if it is known.
 
         Raises Unavailable if one of the sentences was deleted since it was stored.
         """
-        if len(document.sentences) != len(document.embedding_row_ids):
-            raise ValueError(f"{len(document.sentences)} sentences, but {len(document.embedding_row_ids)} rows")
         return await self._write_queue.submit(writes.insert_documents, document)
 
     async def place_document(self, row_id: int, collection: str) -> None:
@@ -470,6 +501,20 @@ class EmbeddingStore:
         return await self._write_queue.submit(
             writes.delete_documents, DocumentSelection(filename, model_name, collection)
         )
+
+    # --- jobs ---
+
+    async def put_job(self, job: DocumentJob) -> None:
+        """Keep a job as it is now, whether it is new or known."""
+        await self._write_queue.submit(writes.put_jobs, job)
+
+    async def delete_job(self, job_id: str) -> None:
+        """Forget a job; what it computed stays."""
+        await self._write_queue.submit(writes.delete_jobs, job_id)
+
+    async def list_jobs(self) -> list[DocumentJob]:
+        """All jobs, oldest first."""
+        return [_decode_job(*row) for row in await self._fetch(statements.LIST_JOBS)]
 
     # --- upkeep ---
 
@@ -636,6 +681,26 @@ def _stack(vectors: Sequence[bytes]) -> np.ndarray:
     if len(data) != len(vectors) * len(vectors[0]):
         raise StoreUnusable("Vectors of one model and recipe differ in length: the database is damaged.")
     return _decode(data).reshape(len(vectors), -1)
+
+
+def _decode_job(
+    job_id: str,
+    state: str,
+    filename: str,
+    model_name: str,
+    collection: str,
+    size_in_bytes: int,
+    ip_address: str | None,
+    request_time: datetime,
+    response_time: datetime | None,
+    *results: Any,
+) -> DocumentJob:
+    """A row of LIST_JOBS; `results` are the record's last fields in their order."""
+    finished = None if response_time is None else response_time.replace(tzinfo=UTC)
+    stamp = RequestStamp(ip_address, request_time.replace(tzinfo=UTC))
+    return DocumentJob(
+        job_id, JobState(state), filename, model_name, collection, size_in_bytes, stamp, finished, *results
+    )
 
 
 def _is_lock(error: Exception) -> bool:

@@ -22,10 +22,12 @@ from embeddings_data_models import (
     DEFAULT_COLLECTION_ID,
     HELD_BY_DOCUMENTS,
     BulkEmbeddings,
+    DocumentJob,
     NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
     RequestStamp,
+    SentencePlaces,
     compute_text_hash,
     compute_token_hash,
     utc_now,
@@ -35,6 +37,8 @@ from llama_embeddings.storage import full_text, statements
 from llama_embeddings.storage.engine import MAX_LIST_LENGTH, overwriting_deleted, touch
 
 Element = TypeVar("Element")
+
+SENTENCES_PER_STATEMENT = 10_000
 
 # (model_name, recipe, row id): where an index has to forget what.
 RemovedRow = tuple[str, str, int]
@@ -354,25 +358,26 @@ def _insert_document(connection: Connection, document: NewDocument) -> int:
     _place_document(connection, document_id, document.collection)
     connection.execute(statements.INSERT_DOCUMENT_EMBEDDING, _describe_document_embedding(document, document_id))
     key |= {"recipe": document.recipe, "segmentation": document.segmentation}
-    row_id, _ = connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key).one()
+    row_id: int = connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key).scalar_one()
     _replace_sentences(connection, document, row_id)
     return row_id
 
 
 def _check_sentences_exist(connection: Connection, document: NewDocument) -> None:
     """A text may be forgotten between the storing of the sentences and the storing of their document."""
-    wanted = list(set(document.embedding_row_ids))
+    wanted = np.unique(document.places.row_ids).tolist()
     n_found = 0
     for part in split(wanted):
-        n_found += len(connection.execute(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part}).all())
+        n_found += connection.execute(statements.COUNT_ROWS_PRESENT, {"row_ids": part}).scalar_one()
     if n_found < len(wanted):
         raise Unavailable("A sentence of the document was deleted while the document was stored. Submit it again.")
 
 
 def _replace_sentences(connection: Connection, document: NewDocument, row_id: int) -> None:
     connection.execute(statements.DELETE_SENTENCES, {"old_document_embedding_id": row_id})
-    if document.sentences:
-        connection.execute(statements.INSERT_SENTENCES, _describe_sentences(document, row_id))
+    for first in range(0, len(document.places), SENTENCES_PER_STATEMENT):
+        connection.execute(statements.INSERT_SENTENCES, _describe_sentences(document.places, row_id, first))
+    if len(document.places):
         connection.execute(statements.CLAIM_SENTENCES, {"holder_id": row_id})
 
 
@@ -395,24 +400,27 @@ def _describe_document_embedding(document: NewDocument, document_id: int) -> dic
         "model_name": document.model_name,
         "recipe": document.recipe,
         "segmentation": document.segmentation,
-        "n_sentences": len(document.sentences),
+        "n_sentences": len(document.places),
         "file_data": document.file_data,
         **_describe_times(document.stamp, document.response_time),
     }
 
 
-def _describe_sentences(document: NewDocument, row_id: int) -> list[dict[str, Any]]:
+def _describe_sentences(places: SentencePlaces, row_id: int, first: int) -> list[dict[str, Any]]:
+    """The next rows of a document's sentences; all at once would take more memory than the document."""
+    part = slice(first, first + SENTENCES_PER_STATEMENT)
+    columns = (places.row_ids, places.pages, places.starts, places.ends)
     return [
         {
             "document_embedding_id": row_id,
             "position": position,
             "embedding_id": embedding_id,
-            "page": sentence.page,
-            "start": sentence.start,
-            "end": sentence.end,
+            "page": page or None,
+            "start": start,
+            "end": end,
         }
-        for position, (sentence, embedding_id) in enumerate(
-            zip(document.sentences, document.embedding_row_ids, strict=True)
+        for position, (embedding_id, page, start, end) in enumerate(
+            zip(*(column[part].tolist() for column in columns), strict=True), start=first
         )
     ]
 
@@ -472,6 +480,43 @@ def _delete_embeddings(
     rows = connection.execute(statement, parameters).all()
     full_text.remove_rows(connection, [(row_id, text) for _, _, row_id, text, is_searchable in rows if is_searchable])
     return [(model_name, recipe, row_id) for model_name, recipe, row_id, _, _ in rows]
+
+
+# --- jobs ---
+
+
+def put_jobs(connection: Connection, jobs: Sequence[DocumentJob]) -> list[None]:
+    """Keep jobs as they are now."""
+    connection.execute(statements.PUT_JOB, [_describe_job(job) for job in jobs])
+    return [None] * len(jobs)
+
+
+def _describe_job(job: DocumentJob) -> dict[str, Any]:
+    seconds = None if job.response_time is None else (job.response_time - job.stamp.request_time).total_seconds()
+    return {
+        "id": job.id,
+        "state": str(job.state),
+        "filename": job.filename,
+        "model_name": job.model_name,
+        "collection": job.collection,
+        "size_in_bytes": job.size_in_bytes,
+        "n_sentences": job.n_sentences,
+        "source": job.source,
+        "document_embedding_id": job.document_row_id,
+        "error_code": job.error_code,
+        "error_message": job.error_message,
+        "ip_address": job.stamp.ip_address,
+        "request_time": _without_zone(job.stamp.request_time),
+        "response_time": None if job.response_time is None else _without_zone(job.response_time),
+        "total_time": seconds,
+    }
+
+
+def delete_jobs(connection: Connection, job_ids: Sequence[str]) -> list[None]:
+    """Forget jobs; what they computed stays."""
+    for job_id in job_ids:
+        connection.execute(statements.DELETE_JOB, {"job_id": job_id})
+    return [None] * len(job_ids)
 
 
 # --- readiness ---

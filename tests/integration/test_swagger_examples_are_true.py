@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -11,6 +12,8 @@ from embeddings_data_models import (
     BestMatch,
     ModelDescription,
     SearchResult,
+    SentenceOfDocument,
+    SentencesResponse,
     SimilarityMatrixResponse,
     SimilarityResponse,
     TokenComparisonResponse,
@@ -24,6 +27,18 @@ TOKENS = "/get_token_level_embeddings_matrix_and_combined_feature_vector_for_str
 
 def example(model: type, field: str) -> object:
     return model.model_fields[field].examples[0]  # type: ignore[attr-defined]
+
+
+def check_sentences(client: httpx.Client) -> None:
+    """A sentence without embedding, as its model shows it."""
+    text = example(SentenceOfDocument, "text")
+    files = {"file": (example(SentencesResponse, "filename"), str(text).encode())}
+    reply = client.post("/convert_document_to_sentences/", files=files).json()  # type: ignore[arg-type]
+    for field in ("filename", "mimetype", "total_number_of_sentences"):
+        assert reply[field] == example(SentencesResponse, field), field
+    assert reply["sentences"] == [
+        {field: example(SentenceOfDocument, field) for field in SentenceOfDocument.model_fields}
+    ]
 
 
 def test_examples_are_what_the_default_model_answers(tmp_path: Path) -> None:
@@ -51,6 +66,7 @@ def test_examples_are_what_the_default_model_answers(tmp_path: Path) -> None:
         assert search["results"][0]["similarity_to_query_text"] == pytest.approx(
             example(SearchResult, "similarity_to_query_text"), abs=1e-2
         )
+        check_sentences(client)
         [described] = [
             model
             for model in client.get("/get_list_of_models_with_their_states/").json()["models"]

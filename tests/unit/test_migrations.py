@@ -77,17 +77,16 @@ async def test_only_the_missing_steps_are_taken(writer: Engine, tmp_path: Path) 
     """A later step is applied on top of what an older program left, with its rows."""
     migrate(writer)
     run(tmp_path / "migrated.sqlite", "INSERT INTO documents VALUES (1, 'a', 'b', 'c', 'd', NULL, NULL, NULL, NULL)")
-    newest = find_newest_version() + 1
-    later = Migration(newest, "a column", ("ALTER TABLE documents ADD COLUMN colour TEXT DEFAULT 'red'",))
-    assert migrate(writer, (*MIGRATIONS, later)) == newest
+    next_version = find_newest_version() + 1
+    later = Migration(next_version, "a column", ("ALTER TABLE documents ADD COLUMN colour TEXT DEFAULT 'red'",))
+    assert migrate(writer, (*MIGRATIONS, later)) == next_version
     assert run(tmp_path / "migrated.sqlite", "SELECT id, colour FROM documents") == [(1, "red")]
 
 
 async def test_failed_step_leaves_the_version_before_it(writer: Engine, tmp_path: Path) -> None:
     """What the failed step had done already is undone; the step before it stays."""
-    failing = Migration(
-        find_newest_version() + 1, "fails half way", ("CREATE TABLE half_way (id INTEGER)", "CREATE NONSENSE")
-    )
+    next_version = find_newest_version() + 1
+    failing = Migration(next_version, "fails half way", ("CREATE TABLE half_way (id INTEGER)", "CREATE NONSENSE"))
     with pytest.raises(OperationalError):
         migrate(writer, (*MIGRATIONS, failing))
     assert run(tmp_path / "migrated.sqlite", "PRAGMA user_version") == [(find_newest_version(),)]

@@ -57,6 +57,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "MAX_DOCUMENT_TEXT_IN_MB": (0.001, None),
     "DOCUMENT_TIME_LIMIT_IN_SECONDS": (1, None),
     "DOCUMENT_MEMORY_LIMIT_IN_MB": (256, None),
+    "MAX_WAITING_JOBS": (1, None),
+    "KEEP_FINISHED_JOBS_HOURS": (0, 87_600),
     "DB_WRITE_BATCH_SIZE": (1, 10_000),
     "MAX_RETRIES": (0, 100),
     "RETRY_DELAY_BASE_SECONDS": (0, 60),

@@ -18,12 +18,16 @@ from sqlalchemy.orm import Session
 
 from embeddings_data_models import (
     Document,
+    DocumentJob,
     EmbeddingGroup,
+    JobState,
     NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
     RequestStamp,
     Sentence,
+    SentencePlaces,
+    StoredDocument,
     TextEmbedding,
     TokenLevelEmbeddingBundle,
     compute_combined_feature_vector,
@@ -87,9 +91,14 @@ def make_bundle(text: str, tokens: Sequence[str]) -> NewTokenLevelBundle:
     )
 
 
+def make_sentences(texts: Sequence[str]) -> list[Sentence]:
+    return [Sentence(text, 1 + i // 2, 10 * i, 10 * i + 9) for i, text in enumerate(texts)]
+
+
 async def add_document(store: EmbeddingStore, filename: str, texts: Sequence[str]) -> NewDocument:
     row_ids = await store.add_embeddings([make_sentence(text) for text in texts])
-    sentences = tuple(Sentence(text, 1 + i // 2, 10 * i, 10 * i + 9) for i, text in enumerate(texts))
+    positions = np.arange(len(texts))
+    places = SentencePlaces(np.array(row_ids, np.int64), 1 + positions // 2, 10 * positions, 10 * positions + 9)
     document = NewDocument(
         filename,
         "text/plain",
@@ -98,8 +107,7 @@ async def add_document(store: EmbeddingStore, filename: str, texts: Sequence[str
         MODEL,
         RECIPE,
         SEGMENTATION,
-        sentences,
-        tuple(row_ids),
+        places,
         STAMP,
         RESPONSE_TIME,
     )
@@ -339,10 +347,14 @@ async def test_bundle_of_unequal_lengths_is_refused(store: EmbeddingStore) -> No
 
 async def test_document_is_found_as_it_was(store: EmbeddingStore, path: Path) -> None:
     """Sentences in order with their provenance and vectors; a sentence may stand in it twice."""
-    document = await add_document(store, "winter.txt", ["It snows.", "It is cold.", "It snows."])
+    texts = ["It snows.", "It is cold.", "It snows."]
+    document = await add_document(store, "winter.txt", texts)
     found = await find(store, document)
-    assert (found.filename, found.sentences) == ("winter.txt", document.sentences)
-    np.testing.assert_array_equal(found.vectors, np.stack([make_vector(s.text) for s in document.sentences]))
+    assert found == StoredDocument(found.row_id, "winter.txt", "text/plain", 3, N_DIMS, True)
+    assert await store.describe_document(found.row_id) == found
+    assert await store.read_sentences(found, 0, 3) == make_sentences(texts)
+    vectors = await store.read_sentence_vectors(found, 0, 3)
+    np.testing.assert_array_equal(vectors, np.stack([make_vector(text) for text in texts]))
     assert query(path, "SELECT file_data FROM document_embeddings") == [(document.file_data,)]
     assert query(path, "SELECT DISTINCT document_id FROM embeddings") == [(found.row_id,)]
 
@@ -361,7 +373,48 @@ async def test_document_is_told_apart_by_each_part_of_its_key(store: EmbeddingSt
 async def test_document_without_sentences_is_found(store: EmbeddingStore) -> None:
     """An empty document is a result too, and is not computed again."""
     document = await add_document(store, "empty.txt", [])
-    assert (await find(store, document)).vectors.shape == (0, 0)
+    found = await find(store, document)
+    assert (found.n_sentences, found.n_dims) == (0, 0)
+    assert await store.read_sentences(found, 0, 10) == []
+    assert (await store.read_sentence_vectors(found, 0, 10)).shape == (0, 0)
+    assert await store.measure_longest_sentence(found) == 0
+
+
+async def test_document_is_read_in_parts_of_any_length(store: EmbeddingStore) -> None:
+    """The last part may be shorter; the longest sentence counts characters, not bytes."""
+    texts = [f"Sentence {number}." for number in range(7)] + ["Größe, die zählt."]
+    found = await find(store, await add_document(store, "parts.txt", texts))
+    parts = [await store.read_sentences(found, first, 3) for first in range(0, 8, 3)]
+    assert [sentence for part in parts for sentence in part] == make_sentences(texts)
+    vectors = [await store.read_sentence_vectors(found, first, 3) for first in range(0, 8, 3)]
+    np.testing.assert_array_equal(np.concatenate(vectors), np.stack([make_vector(text) for text in texts]))
+    assert await store.measure_longest_sentence(found) == len("Größe, die zählt.")
+
+
+async def test_document_that_is_forgotten_while_it_is_read_is_an_error(store: EmbeddingStore) -> None:
+    """What was read so far must not be taken for the whole."""
+    found = await find(store, await add_document(store, "a.txt", ["One.", "Two.", "Three."]))
+    assert len(await store.read_sentences(found, 0, 2)) == 2
+    await store.delete_text("Three.")
+    for read in (store.read_sentences, store.read_sentence_vectors):
+        with pytest.raises(Unavailable, match="Submit it again"):
+            await read(found, 2, 2)
+    assert await store.describe_document(found.row_id) is None
+
+
+async def test_job_is_kept_as_it_is_overwritten_and_forgotten(store: EmbeddingStore) -> None:
+    """Every field comes back, times with their zone; jobs are listed in the order of their submission."""
+    new = DocumentJob("b", JobState.WAITING, "größe.txt", MODEL, "default", 12, STAMP)
+    later = DocumentJob("a", JobState.WAITING, "later.txt", MODEL, "default", 12, RequestStamp(None))
+    await store.put_job(later)
+    await store.put_job(new)
+    assert await store.list_jobs() == [new, later]
+    done = replace(new, state=JobState.DONE, response_time=RESPONSE_TIME, n_sentences=3, source="computed")
+    done = replace(done, document_row_id=7, error_code="some_code", error_message="Some words.")
+    await store.put_job(done)
+    assert await store.list_jobs() == [done, later]
+    await store.delete_job("b")
+    assert await store.list_jobs() == [later]
 
 
 async def test_known_document_keeps_its_row(store: EmbeddingStore) -> None:
@@ -369,7 +422,8 @@ async def test_known_document_keeps_its_row(store: EmbeddingStore) -> None:
     document = await add_document(store, "a.txt", ["One.", "Two."])
     before = await find(store, document)
     assert await store.add_document(document) == before.row_id
-    assert (await find(store, document)).sentences == before.sentences
+    assert await find(store, document) == before
+    assert await store.read_sentences(before, 0, 2) == make_sentences(["One.", "Two."])
     assert (await store.statistics()).n_documents == 1
 
 
@@ -379,7 +433,7 @@ async def test_document_that_lost_a_sentence_is_computed_again(store: EmbeddingS
     await store.delete_text("Two.")
     assert await find(store, document) is None
     await add_document(store, "a.txt", ["One.", "Two."])
-    assert (await find(store, document)).sentences == document.sentences
+    assert await find(store, document) is not None
 
 
 async def test_document_whose_sentence_was_just_deleted_is_to_be_retried(store: EmbeddingStore) -> None:
@@ -430,11 +484,11 @@ async def test_forgotten_document_takes_only_its_own_sentences(store: EmbeddingS
     await store.add_embeddings([make_embedding("Nobody's.")])
     first = await add_document(store, "first.txt", ["Only first.", "Shared."])
     second = await add_document(store, "second.txt", ["Shared.", "Only second."])
-    assert (await store.delete_document("first.txt")).rows == [(MODEL, RECIPE, first.embedding_row_ids[0])]
+    assert (await store.delete_document("first.txt")).rows == [(MODEL, RECIPE, first.places.row_ids[0])]
     assert await find(store, first) is None
-    assert (await find(store, second)).sentences == second.sentences
+    assert await find(store, second) is not None
     removed = {row_id for _, _, row_id in (await store.delete_document("second.txt")).rows}
-    assert removed == set(second.embedding_row_ids)
+    assert removed == set(second.places.row_ids)
     assert await store.list_texts(None, None, 0) == ["Nobody's."]
     assert await store.list_document_filenames(None, None, 0) == []
     assert await store.delete_document("second.txt") == Removal([])
@@ -445,7 +499,7 @@ async def test_same_sentences_under_two_names_survive_the_first_deletion(store: 
     await add_document(store, "a.txt", ["One.", "Two."])
     copy = await add_document(store, "b.txt", ["One.", "Two."])
     assert await store.delete_document("a.txt") == Removal([], n_documents=1)
-    assert (await find(store, copy)).sentences == copy.sentences
+    assert await find(store, copy) is not None
     assert len((await store.delete_document("b.txt")).rows) == 2
 
 
