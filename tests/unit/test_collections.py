@@ -17,7 +17,7 @@ from embeddings_data_models import (
     NewDocument,
     NewEmbedding,
     RequestStamp,
-    Sentence,
+    SentencePlaces,
     StoredCollection,
     StoredEmbedding,
     compute_text_hash,
@@ -57,7 +57,8 @@ async def add_document(
     store: EmbeddingStore, filename: str, texts: Sequence[str], collection: str = "default", model: str = MODEL
 ) -> list[int]:
     row_ids = await store.add_embeddings([make(text, None, model=model) for text in texts])
-    sentences = tuple(Sentence(text, None, i, i + 1) for i, text in enumerate(texts))
+    positions = np.arange(len(texts))
+    places = SentencePlaces(np.array(row_ids, np.int64), np.zeros_like(positions), positions, positions + 1)
     file_hash = compute_text_hash("\n".join(texts))
     document = NewDocument(
         filename,
@@ -67,8 +68,7 @@ async def add_document(
         model,
         FAMILY,
         "s",
-        sentences,
-        tuple(row_ids),
+        places,
         RequestStamp(),
         NOON,
         collection,

@@ -350,7 +350,7 @@ async def test_document_is_found_as_it_was(store: EmbeddingStore, path: Path) ->
     texts = ["It snows.", "It is cold.", "It snows."]
     document = await add_document(store, "winter.txt", texts)
     found = await find(store, document)
-    assert found == StoredDocument(found.row_id, "winter.txt", "text/plain", 3, N_DIMS, True)
+    assert found == StoredDocument(found.row_id, "winter.txt", "text/plain", 3, N_DIMS, True, frozenset(["default"]))
     assert await store.describe_document(found.row_id) == found
     assert await store.read_sentences(found, 0, 3) == make_sentences(texts)
     vectors = await store.read_sentence_vectors(found, 0, 3)
@@ -588,7 +588,7 @@ async def test_vectors_are_read_by_row_id(store: EmbeddingStore, n_wanted: int, 
     by_id = dict(zip(row_ids, texts, strict=True))
     wanted = np.array(row_ids[:: min(stride, len(row_ids) // max(n_wanted, 1))][:n_wanted], np.int64)
     assert len(wanted) == n_wanted
-    [(_, _, gone)] = await store.delete_text(texts[0])
+    [(_, _, gone)] = (await store.delete_text(texts[0])).rows
     found, vectors = await store.read_vectors_of_rows(wanted[::-1])
     assert sorted(found.tolist()) == sorted(set(wanted.tolist()) - {gone})
     for row_id, vector in zip(found.tolist(), vectors, strict=True):
@@ -644,7 +644,7 @@ async def test_reads_go_through_indexes(store: EmbeddingStore, path: Path) -> No
         await find(store, document)
         await store.list_texts(None, 10, 0)
         await store.list_texts(MODEL, 10, 0)
-    assert len(seen) == 14
+    assert len(seen) == 15
     with closing(sqlite3.connect(path)) as connection:
         for statement, parameters in seen:
             details = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
