@@ -124,13 +124,24 @@ def test_identical_vectors_score_one(name: str, vectors: Array) -> None:
 
 
 def is_degenerate(name: str, vector: Array) -> bool:
-    """No direction, no variation, all but one value the same, or all values in one bin."""
+    """No direction, no variation, all but one value alike, all values in one bin, or distances that centring undoes."""
     _, counts = np.unique(vector, return_counts=True)
     if name in ("cosine_similarity", "jensen_shannon"):
         return not vector.any()
     if name == "mutual_information":
         return bool(counts.max() > vector.size / 4)
+    if name == "distance_correlation" and not u_centre(np.abs(vector[:, None] - vector)).round(12).any():
+        return True
     return bool(counts.max() >= vector.size - 1)
+
+
+def u_centre(distances: Array) -> Array:
+    """Székely and Rizzo's U-centring; (-1, 1, 0, 0, 0) is a vector of which nothing is left."""
+    n = len(distances)
+    rows = distances.sum(axis=0)
+    centred = distances - (rows[:, None] + rows) / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(centred, 0.0)
+    return centred
 
 
 @pytest.mark.parametrize("name", ["euclidean_distance", "manhattan_distance", "chebyshev_distance"])
