@@ -28,6 +28,7 @@ TOKENS = "/get_token_level_embeddings_matrix_and_combined_feature_vector_for_str
 SEARCH = "/search_stored_embeddings_with_query_string_for_semantic_similarity/"
 DOCUMENT = "/get_all_embedding_vectors_for_document/"
 AS_JSON = {"send_back_json_or_zip_file": "json"}
+SETTING_UP = 99  # in place of a client's number
 COLLECTIONS = ("default", "cats", "dogs")
 
 
@@ -149,9 +150,12 @@ def test_everything_answered_survives_kills_at_random_moments(tmp_path: Path) ->
     ledger = Ledger()
     for round_number in range(N_KILLS):
         with start_server(tmp_path) as server:
+            load = Load(server, ledger, round_number)
             with server.client() as client:
                 check_search(client, ledger)
-            Load(server, ledger, round_number).run_until_killed(moments.uniform(0.05, 1.5))
+                # The process that reads documents takes a while to start, and the kill would come before.
+                next(load.send_documents(client, SETTING_UP))
+            load.run_until_killed(moments.uniform(0.05, 1.5))
         check_file(tmp_path / "embeddings.sqlite", ledger)
     assert min(len(ledger.vectors), len(ledger.deleted), len(ledger.documents), len(ledger.bundles)) > 0
     print(
