@@ -105,9 +105,7 @@ class Painter:
             self._pool = ProcessPoolExecutor(
                 max_workers=1,
                 mp_context=multiprocessing.get_context("spawn"),
-                # Embeddings come first where there are few cores.
-                initializer=os.nice,
-                initargs=(NICENESS,),
+                initializer=_begin_drawing,
             )
         pool = self._pool
         try:
@@ -127,6 +125,19 @@ class Painter:
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_drawing() -> None:
+    """In the new process: let embeddings come first, and do not outlive the server, however that ends."""
+    os.nice(NICENESS)
+    server = multiprocessing.parent_process()
+    assert server is not None
+
+    def end_with_the_server() -> None:
+        server.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_server, name="end-with-the-server", daemon=True).start()
 
 
 def draw(picture: HeatMap) -> bytes:

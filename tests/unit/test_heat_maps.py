@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -151,3 +154,27 @@ async def test_painter_draws_in_another_process_and_survives_its_death() -> None
 def test_painter_that_never_drew_is_closed_without_a_process() -> None:
     """Nothing is started for nothing."""
     Painter().close()
+
+
+def test_drawing_process_does_not_outlive_a_killed_server(tmp_path: Path) -> None:
+    """`kill -9` gives the server no chance to end it; it ends by itself."""
+    program = (
+        "import asyncio, os, numpy as np\n"
+        "from llama_embeddings.heat_maps import HeatMap, Painter\n"
+        "if __name__ == '__main__':\n"
+        "    painter = Painter()\n"
+        "    asyncio.run(painter.draw(HeatMap(np.eye(2), ('a', 'b'), ('a', 'b'), title='t')))\n"
+        "    [child] = painter._pool._processes\n"
+        "    print(child, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    script = tmp_path / "killed.py"
+    script.write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(PROJECT_DIRECTORY)}
+    ended = subprocess.run(
+        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    child = psutil.Process(int(ended.stdout)) if psutil.pid_exists(int(ended.stdout)) else None
+    assert ended.returncode == -signal.SIGKILL
+    if child is not None:
+        child.wait(timeout=20)
