@@ -38,8 +38,6 @@ STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.ServiceError: 500,
 }
 
-# A list of many wrong elements makes a problem of each, and more of those whose type has variants.
-MAX_DESCRIBED_PROBLEMS = 10
 
 CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from llama_embeddings.errors import InvalidInput
 
+# Named one by one; those beyond are counted.
+MAX_DESCRIBED_PROBLEMS = 10
 # How pydantic names the variants of a type in a place. Fields of requests are words of small letters.
 _VARIANT = re.compile(r"str|int|float|bool|is-instance|(list|dict|set|tuple|nullable|constrained|function)\b.*|[A-Z].*")
 
@@ -38,7 +40,7 @@ class _Problem:
 
 
 def describe_validation(problems: Sequence[Any]) -> InvalidInput:
-    """One sentence for all problems; the first one's place."""
+    """One sentence for all problems, or for the first of very many; the first one's place."""
     first = problems[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
@@ -50,7 +52,9 @@ def describe_validation(problems: Sequence[Any]) -> InvalidInput:
     index = next(iter(kept[0].progress), None)
     field = next((part for part in kept[0].path if isinstance(part, str)), None)
     is_whole_body = kept[0].path == (first["loc"][0],)
-    sentences = [f"{problem.place}: {problem.message}" for problem in kept]
+    sentences = [f"{problem.place}: {problem.message}" for problem in kept[:MAX_DESCRIBED_PROBLEMS]]
+    if len(kept) > MAX_DESCRIBED_PROBLEMS:
+        sentences.append(f"and {len(kept) - MAX_DESCRIBED_PROBLEMS} problems more")
     return InvalidInput("; ".join(sentences), field=None if is_whole_body else field, index=index)
 
 
