@@ -250,11 +250,13 @@ async def test_json_of_too_many_values_is_refused_before_it_is_parsed(unit: str,
 
 
 async def test_answer_to_many_mistakes_is_short(running: RunningApplication) -> None:
-    """The first ones are named, the others counted."""
-    reply = await running.client.post(OPENAI, json={"input": [{}] * 5000})
-    assert reply.status_code == 422
-    assert len(reply.content) < 2000
-    assert "problems more" in reply.text
+    """The first ones are named, the others counted; of a field of several types, the first alone is."""
+    one = await running.client.post(OPENAI, json={"input": [{}] * 5000})
+    many = await running.client.post("/compute_similarity_matrix/", json={"strings": [{}] * 5000})
+    for reply in (one, many):
+        assert reply.status_code == 422
+        assert len(reply.content) < 2000
+    assert "problems more" in many.text
 
 
 async def test_json_of_very_deep_lists_is_the_caller_s_mistake(running: RunningApplication) -> None:
