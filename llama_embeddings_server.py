@@ -50,6 +50,7 @@ from llama_embeddings.api import search as search_routes
 from llama_embeddings.api.clients import LimitRequests, TrustProxies
 from llama_embeddings.api.connections import ConnectionLimits, make_protocol, raise_descriptor_limit
 from llama_embeddings.api.error_responses import install_error_handlers
+from llama_embeddings.api.hot_routes import add_hot_routes
 from llama_embeddings.api.middleware import Limits, LimitSizeAndTime, RequestContext
 from llama_embeddings.api.replies import EXPOSED_HEADERS
 from llama_embeddings.api.security import OPEN_PATHS, RequireToken, describe_security
@@ -151,6 +152,7 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     app.include_router(metrics.router)
     app.include_router(pages.router)
     pages.mount_static_files(app)
+    add_hot_routes(app)
     return app
 
 
