@@ -108,6 +108,8 @@ class Catalogue:
         not whole lies in its place.
         """
         known = self._files.get(name)
+        if known is not None and known[1] == NO_STAMP and loaded is None:
+            known = None
         if known is not None and time.monotonic() - known[0] < SECONDS_BETWEEN_LOOKS:
             return self._on_ramdisk(known[2])
         path = self._directory / f"{name}.gguf"

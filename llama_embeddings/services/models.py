@@ -198,6 +198,8 @@ class ModelService:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
+            # Its file, too: without it the model in memory goes on, but would not come back.
+            await self._catalogue.find(self._default_model_name)
             async with asyncio.timeout(timeout_seconds), self.lease(None) as engine:
                 await _embed(engine, [PROBE_TEXT], is_probe=True)
         except TimeoutError:

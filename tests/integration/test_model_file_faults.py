@@ -86,11 +86,12 @@ def outlast_the_look(client: httpx.Client) -> None:
 
 
 def test_deleted_file_ends_with_the_model_in_memory(server: RunningServer, client: httpx.Client, model: Path) -> None:
-    """New texts are computed, the server is ready, and only after unloading the model is it not found."""
+    """New texts are computed until the model is unloaded; `/ready` says at once that it would not come back."""
     before = embed(client)
     model.unlink()
     outlast_the_look(client)
-    assert client.get("/ready").status_code == 200
+    ready = client.get("/ready")
+    assert (ready.status_code, ready.json()["code"]) == (503, "model_not_found")
     assert client.post(UNLOAD, json={"model_name": NAME}).status_code == 200
     reply = client.post(EMBED, json={"text": TEXT})
     assert (reply.status_code, reply.json()["code"]) == (404, "model_not_found")
@@ -111,7 +112,7 @@ def test_file_cut_short_or_written_over_does_not_touch_the_model_in_memory(
             file.truncate(len(damage))
             file.write(damage)
         outlast_the_look(client)
-        assert embed(client, f"{TEXT} {len(damage)}") == embed(client, f"{TEXT} {len(damage)}")
+        assert client.get("/ready").json()["code"] == "model_unusable"
     assert "Going on with the model in memory" in server.log
     model.write_bytes(content)
     ask_until(client, lambda reply: reply.status_code == 200)
@@ -127,7 +128,7 @@ def test_model_damaged_on_disk_is_named_once_it_is_no_longer_in_memory(client: h
     reply = ask_until(client, lambda reply: reply.status_code == 500)
     assert reply.json()["code"] == "model_unusable"
     assert "mine.gguf" in reply.json()["detail"]
-    assert client.get("/ready").is_error
+    assert client.get("/ready").status_code == 503
     assert client.get("/health").status_code == 200
 
 
