@@ -5,8 +5,9 @@ sizes, token-level embeddings, searches with and without filters, similarities, 
 requests, and requests whose client leaves before the answer. The texts are short, so that 200,000 different ones fit.
 
 Fails (exit code 1) at any unexpected status, a resident size that grows by more than a tenth after the warm-up,
-descriptors, threads or tasks that grow, latencies that grow by half and by a tenth of a second, a damaged database, or an
-index that has not the rows of the database. Prints a table for `benchmarks/LOG.md`. How fast the server is, others measure.
+descriptors, threads or tasks that grow, latencies that grow by half and by a tenth of a second, a damaged database, or
+an index that has not the rows of the database. Prints a table for `benchmarks/LOG.md`. How fast the server is, others
+measure.
 """
 
 from __future__ import annotations
