@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test bench docs lock audit clean compiler browser test-clients test-docker
+.PHONY: help run test bench soak fuzz docs lock audit clean compiler browser test-clients test-docker
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -37,6 +37,8 @@ help:
 	@echo 'make test         every check and every test'
 	@echo 'make test-clients try many client libraries against a live server, in an environment of their own (needs npm)'
 	@echo 'make bench        measure this machine'
+	@echo 'make soak         half an hour of mixed load: nothing may fail, grow or slow down'
+	@echo 'make fuzz         ten minutes of requests that nobody means, then readers on any input'
 	@echo 'make docs         remake the tables of README.md, .env and docs/openapi.json from the code'
 	@echo 'make lock         remake requirements.txt and requirements-dev.txt from their .in files'
 	@echo '                  (LOCK_OPTIONS=--upgrade also takes newer versions of what they need)'
@@ -56,6 +58,14 @@ test: $(INSTALLED_FOR_TESTS) browser
 bench: $(INSTALLED_FOR_TESTS) $(PEER_INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.engine
 	$(VENV_PYTHON) -m benchmarks.search
+
+SOAK_OPTIONS :=
+soak: $(INSTALLED_FOR_TESTS)
+	$(VENV_PYTHON) -m benchmarks.soak $(SOAK_OPTIONS)
+
+FUZZ_OPTIONS :=
+fuzz: $(INSTALLED_FOR_TESTS)
+	$(VENV_PYTHON) -m tests.fuzz $(FUZZ_OPTIONS)
 
 docs: $(INSTALLED)
 	$(VENV_PYTHON) docs/remake_tables.py

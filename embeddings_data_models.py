@@ -539,7 +539,8 @@ class RequestStamp:
 class ModelFile:
     """A model file that can be loaded. `digest` is the SHA-256 of its bytes, in hexadecimal.
 
-    `sidecar` is where measurements of this file are kept; it may be absent and may be unwritable.
+    `sidecar` is where measurements of this file are kept; it may be absent and may be unwritable. `modified_ns` is when
+    the file was written, as it was before the digest was taken; None for a file that nobody replaces.
     """
 
     name: str
@@ -547,6 +548,7 @@ class ModelFile:
     digest: str
     size_in_bytes: int
     sidecar: Path
+    modified_ns: int | None = None
 
 
 @dataclass(frozen=True)

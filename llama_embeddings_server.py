@@ -54,6 +54,7 @@ from llama_embeddings.api.hot_routes import add_hot_routes
 from llama_embeddings.api.middleware import Limits, LimitSizeAndTime, RequestContext
 from llama_embeddings.api.replies import EXPOSED_HEADERS
 from llama_embeddings.api.security import OPEN_PATHS, RequireToken, describe_security
+from llama_embeddings.api.stopping import AnswerWhenStopped
 from llama_embeddings.api.tokens import Tokens
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
@@ -193,6 +194,7 @@ def guard(app: FastAPI, settings: Settings) -> None:
         app.add_middleware(LimitRequests, per_minute=settings.max_requests_per_minute)
     if settings.trusted_networks():
         app.add_middleware(TrustProxies, networks=settings.trusted_networks())
+    app.add_middleware(AnswerWhenStopped)
     app.add_middleware(RequestContext, meter=state.meter, slow_request_seconds=settings.slow_request_seconds)
 
 
@@ -448,6 +450,7 @@ def bind(settings: Settings) -> socket.socket:
 
 def main() -> int:
     """Read the settings, serve until stopped. A problem with the settings is one line and exit code 1."""
+    end_at_once_on_sigterm()
     try:
         settings = load_settings()
         observability.configure_logging(settings.log_directory, settings.log_level, settings.log_format)
@@ -469,6 +472,14 @@ def main() -> int:
         print(f"Cannot start: {error.message}", file=sys.stderr)
         return 1
     return 0
+
+
+def end_at_once_on_sigterm() -> None:
+    """Until there are requests to finish: a start keeps nothing but what it has committed or renamed into its place.
+
+    Left to the system, the first process of a container would not end at all.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
 
 
 async def serve(app: FastAPI, listener: socket.socket) -> None:

@@ -35,21 +35,27 @@ class Client:
 
     async def post(self, path: str, body: bytes) -> bytes:
         """Send a JSON body, return the reply's; RuntimeError unless the status is 200."""
-        head = f"POST {path} HTTP/1.1\r\nHost: {self._address[0]}\r\nContent-Type: application/json\r\n"
-        return await self._exchange(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return _require_success(*await self.exchange("POST", path, body))
 
     async def get(self, path: str) -> bytes:
-        return await self._exchange(f"GET {path} HTTP/1.1\r\nHost: {self._address[0]}\r\n\r\n".encode())
+        """The reply's body; RuntimeError unless the status is 200."""
+        return _require_success(*await self.exchange("GET", path))
 
-    async def _exchange(self, request: bytes) -> bytes:
-        self._writer.write(request)
+    async def exchange(
+        self, method: str, path: str, body: bytes = b"", content_type: str = "application/json"
+    ) -> tuple[int, bytes]:
+        """Send a request; status and body of the reply."""
+        self.send(method, path, body, content_type)
         head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        status = int(head.split(" ", 2)[1])
         headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
-        body = await self._read_body(headers)
-        if status != 200:
-            raise RuntimeError(f"{status}: {body[:300]!r}")
-        return body
+        return int(head.split(" ", 2)[1]), await self._read_body(headers)
+
+    def send(self, method: str, path: str, body: bytes, content_type: str) -> None:
+        """Send a request without waiting for its reply."""
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._address[0]}\r\n"
+        if method == "POST":
+            head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        self._writer.write(f"{head}\r\n".encode() + body)
 
     async def _read_body(self, headers: dict[str, str]) -> bytes:
         if "content-length" in headers:
@@ -60,6 +66,12 @@ class Client:
             await self._reader.readexactly(2)
         await self._reader.readexactly(2)
         return b"".join(parts)
+
+
+def _require_success(status: int, body: bytes) -> bytes:
+    if status != 200:
+        raise RuntimeError(f"{status}: {body[:300]!r}")
+    return body
 
 
 def make_body(texts: list[str], path: str) -> bytes:

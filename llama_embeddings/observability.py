@@ -163,11 +163,23 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry | getattr(record, "fields", {}), ensure_ascii=False, default=str)
 
 
+class RotatingLog(RotatingFileHandler):
+    """A log file whose disk may be full: said once on stderr, instead of a traceback for each line."""
+
+    has_complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
+        if not self.has_complained:
+            self.has_complained = True
+            reason = sys.exception()
+            print(f"The log file cannot be written ({reason}); its lines are on stdout.", file=sys.stderr, flush=True)
+
+
 def open_rotating_log(directory: Path) -> RotatingFileHandler:
     """The log file; full ones move to `old_logs/` and the sixth is forgotten."""
     old_logs = directory / "old_logs"
     old_logs.mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(
+    handler = RotatingLog(
         directory / LOG_FILE_NAME, maxBytes=MAX_LOG_BYTES, backupCount=N_LOG_BACKUPS, encoding="utf-8"
     )
     handler.namer = lambda name: str(old_logs / Path(name).name)

@@ -6,6 +6,7 @@ request id; what it was goes to the log, not to the caller.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from typing import Any
@@ -74,6 +75,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(errors.ServiceError, _answer_service_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(OSError, _answer_system_error)
     app.add_exception_handler(Exception, _answer_unknown)
 
 
@@ -101,6 +103,15 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     response = render_error(request, error.status_code, described, code=CODE_OF_STATUS.get(error.status_code))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _answer_system_error(request: Request, error: Exception) -> Response:
+    """Without a file descriptor to be had, nothing is wrong with request or program: it may succeed later."""
+    assert isinstance(error, OSError)
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return await _answer_unknown(request, error)
+    shortage = errors.Unavailable("The server has as many files and connections open as it may; try again later.")
+    return await _answer_service_error(request, shortage)
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:

@@ -23,7 +23,14 @@ from llama_embeddings.catalogue.default_model import get_default_model
 from llama_embeddings.catalogue.downloads import Downloads, DownloadStage, DownloadState
 from llama_embeddings.catalogue.entries import ENTRIES, CatalogueEntry
 from llama_embeddings.catalogue.gguf_check import GgufSummary, check_gguf
-from llama_embeddings.errors import DownloadFailed, ModelLoading, ModelNotFound, RamdiskFailed, ServiceError
+from llama_embeddings.errors import (
+    DownloadFailed,
+    ModelLoading,
+    ModelNotFound,
+    ModelUnusable,
+    RamdiskFailed,
+    ServiceError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,8 @@ KNOWN_SIMILARITIES = {DEFAULT_MODEL_NAME: ("I feel extremely chilly", "I am so c
 DOWNLOAD_RETRY_AFTER_SECONDS = 30.0
 # A replaced or deleted file is noticed after this time at the latest.
 SECONDS_BETWEEN_LOOKS = 1.0
+# No file's: what is remembered under it is looked at again.
+NO_STAMP = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +81,8 @@ class Catalogue:
         self._summaries: dict[str, GgufSummary] = {}
         # When a file was last looked at, what distinguished it then, and what was found.
         self._files: dict[str, tuple[float, tuple[int, int], ModelFile]] = {}
+        # Digests of the copies on the RAM disk.
+        self._copies: dict[str, str] = {}
 
     def names(self) -> list[str]:
         """Stems of the GGUF files that are there."""
@@ -90,19 +101,33 @@ class Catalogue:
         if name not in self.names() and name == DEFAULT_MODEL_NAME:
             get_default_model(self._directory, progress=logger.info)
 
-    async def find(self, name: str) -> ModelFile:
-        """The file of a model. Raises ModelNotFound and, for a file that must not be loaded, ModelUnusable."""
+    async def find(self, name: str, loaded: ModelFile | None = None) -> ModelFile:
+        """The file of a model. Raises ModelNotFound and, for a file that must not be loaded, ModelUnusable.
+
+        `loaded` is what is in memory under this name: it goes on when its file was deleted, or while another that is
+        not whole lies in its place.
+        """
         known = self._files.get(name)
+        if known is not None and known[1] == NO_STAMP and loaded is None:
+            known = None
         if known is not None and time.monotonic() - known[0] < SECONDS_BETWEEN_LOOKS:
             return self._on_ramdisk(known[2])
         path = self._directory / f"{name}.gguf"
         # The name comes from a request: only one that a file in this very directory can have is looked for.
         stamp = _file_stamp(path) if path.parent == self._directory and path.name == f"{name}.gguf" else None
         if stamp is None:
+            if loaded is not None:
+                return loaded
             raise self._explain_absence(name)
         file = known[2] if known is not None and known[1] == stamp else None
         if file is None:
-            file = await asyncio.to_thread(self._examine, name, path, stamp)
+            try:
+                file = await asyncio.to_thread(self._examine, name, path, stamp)
+            except ModelUnusable as error:
+                if loaded is None:
+                    raise
+                logger.warning("Going on with the model in memory: %s", error.message)
+                file, stamp = loaded, NO_STAMP
         self._files[name] = (time.monotonic(), stamp, file)
         return self._on_ramdisk(file)
 
@@ -170,19 +195,28 @@ class Catalogue:
     def _examine(self, name: str, path: Path, stamp: tuple[int, int]) -> ModelFile:
         self._summaries[name] = check_gguf(path)
         sidecar = path.with_name(path.name + ".measured.json")
-        return ModelFile(name, path, _find_digest(path, stamp), stamp[0], sidecar)
+        file = ModelFile(name, path, _find_digest(path, stamp), stamp[0], sidecar, modified_ns=stamp[1])
+        copy = self._find_copy(file)
+        if copy is not None:
+            self._copies[name] = _compute_digest(copy)
+        return file
 
     def _on_ramdisk(self, file: ModelFile) -> ModelFile:
-        """The same model, from memory if it was copied there."""
-        if self._ramdisk is None:
+        """The same model, from memory if it was copied there; a file replaced since then is another model."""
+        if self._copies.get(file.name) != file.digest:
             return file
+        copy = self._find_copy(file)
+        return ModelFile(file.name, copy, file.digest, file.size_in_bytes, file.sidecar) if copy is not None else file
+
+    def _find_copy(self, file: ModelFile) -> Path | None:
+        """What lies on the RAM disk under the file's name and is as large."""
+        if self._ramdisk is None:
+            return None
         try:
             copy = ramdisk_functions.find_model_on_ramdisk(self._ramdisk.path, file.path.name)
-        except ramdisk_functions.RamdiskError:
-            return file
-        if copy is None or copy.stat().st_size != file.size_in_bytes:
-            return file
-        return ModelFile(file.name, copy, file.digest, file.size_in_bytes, file.sidecar)
+            return copy if copy is not None and copy.stat().st_size == file.size_in_bytes else None
+        except (ramdisk_functions.RamdiskError, OSError):
+            return None
 
     def known_similarity(self, name: str) -> tuple[str, str, float, float] | None:
         """Two texts, their similarity by this model and its tolerance, where they are known."""
@@ -236,10 +270,14 @@ def _find_digest(path: Path, stamp: tuple[int, int]) -> str:
             return str(kept["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or not ours
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _compute_digest(path)
     _keep_digest(kept_at, {"sha256": digest, "size_in_bytes": stamp[0], "mtime_ns": stamp[1]})
     return digest
+
+
+def _compute_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _keep_digest(path: Path, content: dict[str, str | int]) -> None:

@@ -64,9 +64,10 @@ class LlamaBackend:
         llama_cpp.llama_backend_init()
 
     def load(self, path: Path, *, name: str, digest: str, max_window: int, pooling: Pooling | None) -> LlamaModel:
-        """Map the file into memory and read its facts. Raises ModelUnusable if llama.cpp refuses it."""
+        """Take the file into memory and read its facts. Raises ModelUnusable if llama.cpp refuses it."""
         parameters = self._llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.load_mode = self._choose_load_mode(path)
         pointer = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
         if not pointer:
             raise ModelUnusable(f"llama.cpp cannot load the model {name!r} ({path.name}); the log has its reason.")
@@ -75,6 +76,15 @@ class LlamaBackend:
         except BaseException:
             self._llama.llama_model_free(pointer)
             raise
+
+    def _choose_load_mode(self, path: Path) -> int:
+        """Map a file that nobody may write to, as a copy on the RAM disk is; read any other.
+
+        A file that is written over while it is mapped changes the loaded weights, and one that is cut short ends the
+        process (SIGBUS).
+        """
+        may_be_written = path.stat().st_mode & 0o222
+        return int(self._llama.LLAMA_LOAD_MODE_NONE if may_be_written else self._llama.LLAMA_LOAD_MODE_MMAP)
 
 
 def _forward_log(level: int, text: bytes, _user_data: Any) -> None:

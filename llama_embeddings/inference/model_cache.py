@@ -48,8 +48,12 @@ class _Slot:
     """A loaded model and how many are using it."""
 
     engine: EmbeddingEngine
-    digest: str
+    file: ModelFile
     n_users: int = 0
+
+    @property
+    def digest(self) -> str:
+        return self.file.digest
 
 
 class ModelCache:
@@ -95,6 +99,11 @@ class ModelCache:
         """The engines in memory, least recently used first."""
         return [slot.engine for slot in self._slots.values()]
 
+    def loaded_file(self, name: str) -> ModelFile | None:
+        """The file that a model in memory was loaded from; it may be gone."""
+        slot = self._slots.get(name)
+        return slot.file if slot is not None else None
+
     def is_loading(self, name: str) -> bool:
         return any(key[0] == name for key in self._loading)
 
@@ -126,7 +135,7 @@ class ModelCache:
         engine = await asyncio.to_thread(self._open_engine, file, pooling)
         for warning in engine.info.warnings:
             logger.warning("Model %s: %s", file.name, warning)
-        slot = _Slot(engine, file.digest)
+        slot = _Slot(engine, file)
         self._slots[file.name] = slot
         self._known_infos[(file.name, file.digest)] = engine.info
         return slot
@@ -174,14 +183,28 @@ class ModelCache:
 
     def _open_engine(self, file: ModelFile, pooling: Pooling | None) -> EmbeddingEngine:
         options = self._options
+        check_unchanged(file)
         model = self._backend.load(
             file.path, name=file.name, digest=file.digest, max_window=options.max_window, pooling=pooling
         )
         try:
+            check_unchanged(file)
             return EmbeddingEngine(model, choose_limits(options, lambda: find_calibration(file, model, options)))
         except BaseException:
             model.close()
             raise
+
+
+def check_unchanged(file: ModelFile) -> None:
+    """Raise ModelLoading if a file is no longer the one whose digest was taken: what was loaded may be another."""
+    if file.modified_ns is None:
+        return
+    try:
+        status = file.path.stat()
+    except OSError:
+        raise ModelLoading(f"The file of the model {file.name!r} went away while it was loaded; try again.") from None
+    if (status.st_size, status.st_mtime_ns) != (file.size_in_bytes, file.modified_ns):
+        raise ModelLoading(f"The model {file.name!r} is being replaced; try again in a moment.")
 
 
 def choose_limits(options: EngineOptions, measure: Any) -> BatcherLimits:

@@ -194,6 +194,8 @@ class DocumentService:
         await self._embed(file, intake)
         if not intake.row_ids:
             raise UnreadableDocument("The document has no sentence that the model can read.", field="file")
+        # Or some of its sentences could have been embedded by another model than the others.
+        await self._models.check_current(key.model_name, key.recipe, InputType.DOCUMENT)
         flight.make_final()
         new = NewDocument(
             filename=key.filename,

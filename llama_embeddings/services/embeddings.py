@@ -253,7 +253,7 @@ class EmbeddingService:
         outcomes: dict[str, _Outcome] = dict(await self._find_stored(maybe_stored, task, task.recipe.family))
         unknown = {text_hash: text for text_hash, text in wanted.items() if text_hash not in outcomes}
         if unknown:
-            async with self._models.lease(task.model_name) as engine:
+            async with self._models.lease(task.model_name, task.recipe) as engine:
                 outcomes |= await self._compute(engine, unknown, task, flight)
         return {key: outcomes[key[0]] for key in flight.keys}
 

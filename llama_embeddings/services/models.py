@@ -10,10 +10,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from embeddings_data_models import InputType, ModelDescription, Recipe, Truncation
+from embeddings_data_models import InputType, ModelDescription, ModelFile, Recipe, Truncation
 from llama_embeddings.catalogue.entries import ModelKind
 from llama_embeddings.catalogue.models import Catalogue, KnownModel
-from llama_embeddings.errors import ConfigurationError, InferenceFailed, ModelNotFound, ModelUnusable, ServiceError
+from llama_embeddings.errors import (
+    ConfigurationError,
+    InferenceFailed,
+    ModelLoading,
+    ModelNotFound,
+    ModelUnusable,
+    ServiceError,
+)
 from llama_embeddings.inference.backend import ModelInfo, Pooling
 from llama_embeddings.inference.engine import EmbeddingEngine
 from llama_embeddings.inference.model_cache import ModelCache
@@ -54,7 +61,7 @@ class ModelService:
 
     async def check_known(self, name: str) -> None:
         """Raise ModelNotFound for a name that is neither a model's nor an alias."""
-        await self._catalogue.find(self.resolve(name))
+        await self._find(self.resolve(name))
 
     def created(self, name: str) -> int:
         """When the model's file came to be, in seconds since 1970."""
@@ -70,11 +77,19 @@ class ModelService:
         """What goes in front of a text that plays this part."""
         return self._catalogue.prompt(self.resolve(name), input_type)
 
+    async def _find(self, resolved: str) -> ModelFile:
+        return await self._catalogue.find(resolved, self._cache.loaded_file(resolved))
+
     @asynccontextmanager
-    async def lease(self, name: str | None) -> AsyncIterator[EmbeddingEngine]:
-        """Use a model's engine, loading it first if need be. Raises ModelNotFound, ModelUnusable, ModelLoading."""
+    async def lease(self, name: str | None, recipe: Recipe | None = None) -> AsyncIterator[EmbeddingEngine]:
+        """Use a model's engine, loading it first if need be. Raises ModelNotFound, ModelUnusable, ModelLoading.
+
+        With a recipe, only the model that it was made for: its file may have been replaced since.
+        """
         resolved = self.resolve(name)
-        file = await self._catalogue.find(resolved)
+        file = await self._find(resolved)
+        if recipe is not None and recipe.model_digest != file.digest:
+            raise _describe_replacement(resolved)
         async with self._cache.lease(file, self._pooling(resolved)) as engine:
             yield engine
 
@@ -85,7 +100,7 @@ class ModelService:
     async def info(self, name: str | None) -> ModelInfo:
         """Facts about a model. Raises ModelNotFound, ModelUnusable, ModelLoading."""
         resolved = self.resolve(name)
-        return await self._cache.info(await self._catalogue.find(resolved), self._pooling(resolved))
+        return await self._cache.info(await self._find(resolved), self._pooling(resolved))
 
     async def recipe(self, name: str | None, input_type: InputType | None = None) -> Recipe:
         """How this model's vectors of texts that play this part are made."""
@@ -97,6 +112,11 @@ class ModelService:
             self._recipes[key] = Recipe(model_digest=info.digest, pooling=str(info.pooling), prompt=prompt)
         return self._recipes[key]
 
+    async def check_current(self, name: str, family: str, input_type: InputType | None = None) -> None:
+        """Raise ModelLoading if vectors are no longer made by this recipe family: the file was replaced since."""
+        if (await self.recipe(name, input_type)).family != family:
+            raise _describe_replacement(name)
+
     async def describe(self) -> list[ModelDescription]:
         """Every model with its state, the default first."""
         loaded = {engine.info.name: engine.info for engine in self._cache.loaded()}
@@ -106,12 +126,12 @@ class ModelService:
     async def describe_one(self, name: str) -> ModelDescription:
         """A model that is there. Raises ModelNotFound, ModelUnusable, ModelLoading."""
         resolved = self.resolve(name)
-        await self._catalogue.find(resolved)
+        await self._find(resolved)
         return next(model for model in await self.describe() if model.model_name == resolved)
 
     async def digest(self, name: str) -> str:
         """SHA-256 of a model's file, in hexadecimal. Raises what `check_known` raises."""
-        return (await self._catalogue.find(self.resolve(name))).digest
+        return (await self._find(self.resolve(name))).digest
 
     def _describe(self, known: KnownModel, info: ModelInfo | None) -> ModelDescription:
         entry, summary, download = known.entry, known.summary, known.download
@@ -178,6 +198,8 @@ class ModelService:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
+            # Its file, too: without it the model in memory goes on, but would not come back.
+            await self._catalogue.find(self._default_model_name)
             async with asyncio.timeout(timeout_seconds), self.lease(None) as engine:
                 await _embed(engine, [PROBE_TEXT], is_probe=True)
         except TimeoutError:
@@ -208,6 +230,10 @@ class ModelService:
     async def clear_ramdisk(self) -> str:
         """Empty the RAM disk; loaded models go on. Returns what was done, for people."""
         return await asyncio.to_thread(self._catalogue.clear_ramdisk)
+
+
+def _describe_replacement(name: str) -> ModelLoading:
+    return ModelLoading(f"The file of the model {name!r} has just been replaced; try again.")
 
 
 async def _embed(engine: EmbeddingEngine, texts: list[str], *, is_probe: bool = False) -> np.ndarray:

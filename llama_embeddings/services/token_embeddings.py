@@ -121,7 +121,7 @@ class TokenEmbeddingService:
                 outcomes[key] = found
         missing = {key: text for key, text in texts.items() if key not in outcomes}
         if missing:
-            async with self._models.lease(next(iter(missing))[1]) as engine:
+            async with self._models.lease(next(iter(missing))[1], recipe) as engine:
                 outcomes |= await self._compute(engine, missing, recipe, stamp, flight)
         return outcomes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from llama_embeddings.catalogue import models as catalogue_models
 from llama_embeddings.catalogue.entries import CatalogueEntry, HubFile, ModelKind
+from llama_embeddings.errors import ModelLoading
 from tests.hub_server import HubServer
 from tests.serving import FAKE_MODEL_NAME, RunningApplication, run_application
 from tests.tiny_models import write_tiny_model
@@ -46,6 +48,20 @@ async def test_model_is_unloaded_and_loaded_again(running: RunningApplication) -
     assert (await state_of(running, FAKE_MODEL_NAME))["state"] == "on_disk"
     assert (await running.client.post(EMBED, json={"text": "hello"})).status_code == 200
     assert (await state_of(running, FAKE_MODEL_NAME))["state"] == "loaded"
+
+
+async def test_recipe_of_a_replaced_file_is_not_served_by_the_new_one(running: RunningApplication) -> None:
+    """A request that read the recipe before the replacement would store the new model's vectors under it."""
+    models = running.app.state.services.models
+    recipe = await models.recipe(None)
+    async with models.lease(None, recipe) as engine:
+        assert engine.info.digest == recipe.model_digest
+    await models.check_current(FAKE_MODEL_NAME, recipe.family)
+    with pytest.raises(ModelLoading, match="replaced"):
+        async with models.lease(None, replace(recipe, model_digest="another")):
+            pass
+    with pytest.raises(ModelLoading, match="replaced"):
+        await models.check_current(FAKE_MODEL_NAME, "another")
 
 
 async def test_unknown_model_is_neither_loaded_nor_unloaded(running: RunningApplication) -> None:

@@ -102,3 +102,19 @@ def test_readme_error_table_states_the_status_of_every_code_it_names() -> None:
         for code in codes:
             is_validation = code == "invalid_request_error" and status == 422
             assert status in status_of_code[code] or is_validation, (status, code)
+
+
+RELIABILITY = (PROJECT_DIRECTORY / "docs" / "reliability.md").read_text()
+
+
+def test_what_reliability_names_exists() -> None:
+    """Every test, module and make target that is said to remake a figure can be run."""
+    commands = re.findall(r"`((?:python -m|make) [^`]+)`", RELIABILITY)
+    assert len(commands) > 8
+    paths = [part for part in re.findall(r"[\w./]+", RELIABILITY) if part.startswith(("tests/", "benchmarks/"))]
+    modules = [part for command in commands for part in re.findall(r"^python -m ((?:tests|benchmarks)[\w.]*)", command)]
+    paths += [f"{module.replace('.', '/')}" for module in modules]
+    missing = [path for path in paths if not any((PROJECT_DIRECTORY / f"{path}{end}").exists() for end in ("", ".py"))]
+    assert missing == []
+    targets = set(re.findall(r"^([\w-]+):", (PROJECT_DIRECTORY / "Makefile").read_text(), re.MULTILINE))
+    assert {command.split()[1] for command in commands if command.startswith("make ")} <= targets

@@ -27,6 +27,7 @@ from llama_embeddings.inference.model_cache import (
     count_cores,
     find_calibration,
 )
+from tests.serving import wait_until
 
 FIXED = EngineOptions(
     max_window=64,
@@ -301,6 +302,27 @@ async def test_file_replaced_while_in_use_waits_for_its_users(
             await touch(cache, make_file("a", "new"))
         await embed(engine)
     assert (await touch(cache, make_file("a", "new"))).info.digest == "new"
+
+
+async def test_file_that_changes_while_it_is_loaded_is_not_taken_for_what_it_was(
+    backend: SizedBackend, open_cache: Callable[..., ModelCache], tmp_path: Path
+) -> None:
+    """Its weights may be another file's than its digest, before or after the loading; the next request tries again."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"old")
+    file = ModelFile("a", path, "old", 3, tmp_path / "a.json", modified_ns=path.stat().st_mtime_ns)
+    cache = open_cache()
+    backend.load_gate.clear()
+    loading = asyncio.create_task(touch(cache, file))
+    await wait_until(lambda: backend.loaded == ["a"])
+    path.write_bytes(b"other")
+    backend.load_gate.set()
+    with pytest.raises(ModelLoading, match="replaced"):
+        await loading
+    path.unlink()
+    with pytest.raises(ModelLoading, match="went away"):
+        await touch(cache, file)
+    assert (backend.loaded, backend.n_open_models, cache.loaded()) == (["a"], 0, [])
 
 
 async def test_unloading_finishes_what_waits(
