@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -123,7 +124,25 @@ _TOKEN = re.compile(r"(?i)(\btoken=|\bbearer\s+)[^\s&\"'<>]+")
 
 def mask_tokens(line: str) -> str:
     """The line with `***` for what looks like a caller's token."""
+    lowered = line.lower()
+    # Nearly every line has neither, and looking for the pattern would take as long as the rest of the formatting.
+    if "token=" not in lowered and "bearer" not in lowered:
+        return line
     return _TOKEN.sub(r"\1***", line)
+
+
+class OnceFormatter(logging.Formatter):
+    """Formats a record the first time that any handler asks, by another formatter."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._formatter = formatter
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: str | None = record.__dict__.get("line")
+        if line is None:
+            line = record.__dict__["line"] = self._formatter.format(record)
+        return line
 
 
 class TextFormatter(logging.Formatter):
@@ -164,9 +183,27 @@ class JsonFormatter(logging.Formatter):
 
 
 class RotatingLog(RotatingFileHandler):
-    """A log file whose disk may be full: said once on stderr, instead of a traceback for each line."""
+    """A log file whose disk may be full: said once on stderr, instead of a traceback for each line.
+
+    Its size is counted, not asked for: the standard library looks at the file three times for each line.
+    """
 
     has_complained = False
+    n_bytes = 0
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        self.n_bytes = stream.tell()
+        return stream
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802 - the standard library's name
+        self.n_bytes += len(self.format(record).encode("utf-8", "replace")) + 1
+        return self.n_bytes >= self.maxBytes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if self.n_bytes == 0:  # it went into a new file
+            self.shouldRollover(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
         if not self.has_complained:
@@ -194,8 +231,9 @@ def configure_logging(directory: Path, level: str, log_format: str = "text") -> 
         handlers.append(open_rotating_log(directory))
     except OSError as error:
         problem = error
+    formatter = OnceFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for handler in handlers:
-        handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+        handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=handlers, force=True)
     _quieten(("sqlalchemy", "aiosqlite", "httpx", "httpcore", "numba", "pypdf", "huggingface_hub"))
     logging.getLogger("uvicorn.access").disabled = True
