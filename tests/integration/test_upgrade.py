@@ -45,7 +45,7 @@ async def test_database_of_an_earlier_version_opens_with_everything_found(fixtur
     key = (compute_text_hash(" ".join(SENTENCES)), "weather.txt", MODEL, FAMILY, "sentences-1")
     document = await store.find_document(*key)
     assert document is not None
-    assert [sentence.text for sentence in document.sentences] == SENTENCES
+    assert [sentence.text for sentence in await store.read_sentences(document, 0, 9)] == SENTENCES
     assert document.collections == {"default"}
     bundle = await store.find_token_level_bundle(compute_text_hash("so cold"), MODEL, FAMILY)
     assert bundle is not None
