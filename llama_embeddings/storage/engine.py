@@ -51,7 +51,7 @@ _COMMON_PRAGMAS = (
 )
 
 # The upper levels of the unique indexes of a million rows.
-WRITER_CACHE_IN_MB = 32
+WRITER_CACHE_IN_MB = 8
 
 WRITER_PRAGMAS = (
     # First, since the next ones may meet a lock. Only bridges another process's short commit; longer locks are the
@@ -77,7 +77,7 @@ READER_PRAGMAS = (
     "PRAGMA busy_timeout = 5000",
     *_COMMON_PRAGMAS,
     # 8 MiB each: a reader fetches by key, the operating system's cache does the rest.
-    "PRAGMA cache_size = -8192",
+    "PRAGMA cache_size = -4096",
     "PRAGMA query_only = ON",
 )
 
