@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from llama_embeddings import errors, observability
 from llama_embeddings.api.dialects import NATIVE, SMALL_SERVICES, Dialect, find_dialect
@@ -76,6 +77,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(OSError, _answer_system_error)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unknown)
 
 
@@ -103,6 +105,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     response = render_error(request, error.status_code, described, code=CODE_OF_STATUS.get(error.status_code))
     response.headers.update(error.headers or {})
     return response
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """Nobody reads it, but log and metrics say whose fault it was."""
+    return render_error(request, 400, errors.InvalidInput("The client left before its request had come in."))
 
 
 async def _answer_system_error(request: Request, error: Exception) -> Response:

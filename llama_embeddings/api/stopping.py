@@ -1,7 +1,7 @@
 """What becomes of requests that the server cannot finish before it ends.
 
-Nothing else cancels a request: its client's leaving does not, and limits of time answer for themselves. How long the
-server waits for requests under way is decided where it is started.
+How long the server waits for requests under way, before it cancels them, is decided where it is started. Cancellations
+of any other origin pass through.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class AnswerWhenStopped:
         try:
             await self._app(scope, receive, send_and_note)
         except asyncio.CancelledError:
-            if has_begun:
-                raise  # half a reply: the connection's end says so
+            # Half a reply says it by the end of the connection.
+            if has_begun or not scope["app"].state.services.readiness.is_stopping:
+                raise
             error = ShuttingDown(
                 "The server is shutting down and could not finish this request; send it again.",
                 retry_after_seconds=RETRY_AFTER_SECONDS,

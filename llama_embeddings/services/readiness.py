@@ -35,6 +35,10 @@ class ReadinessService:
         """From now on the server is not ready, whatever its parts say: it has been asked to end."""
         self._is_stopping = True
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
     async def check(self) -> Readiness:
         """Raises NotReady with the reason; its `code` is that of the part's own error."""
         if self._is_stopping:

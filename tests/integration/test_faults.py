@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import socket
 import sqlite3
 import struct
@@ -118,6 +119,7 @@ def test_bad_clients_change_nothing_for_good_ones(tmp_path: Path) -> None:
             stopping.set()
         assert min(one.result() for one in bad) > 10
         assert "Traceback" not in server.output
+        assert not re.search(r"(POST|GET) \S+ 5\d\d in", server.output)
     quiet = tmp_path / "quiet"
     quiet.mkdir()
     with start_server(quiet) as server:

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from llama_embeddings.inference.llama_backend import LlamaBackend
 from tests.serving import RunningServer, get_models_directory, start_server
 from tests.tiny_models import write_tiny_model
 
@@ -154,3 +155,15 @@ def test_replaced_file_has_a_recipe_of_its_own(
         assert embed(other) == after
         restarted.stop()
         assert sorted(n_dims for [n_dims] in read_recipes(restarted).values()) == [64, 384]
+
+
+@pytest.mark.parametrize(("mode", "is_mapped"), [(0o644, False), (0o600, False), (0o400, True), (0o444, True)])
+def test_only_a_file_that_nobody_may_write_to_is_mapped(tmp_path: Path, mode: int, is_mapped: bool) -> None:
+    """Copies on the RAM disk are such files; mapped, they need no memory a second time."""
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    path.chmod(mode)
+    loaded = LlamaBackend().load(path, name="tiny", digest="", max_window=64, pooling=None)
+    try:
+        assert (str(path) in Path("/proc/self/maps").read_text()) == is_mapped
+    finally:
+        loaded.close()
