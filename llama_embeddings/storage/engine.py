@@ -76,7 +76,7 @@ READER_PRAGMAS = (
     # Readers meet a lock only while another process opens, recovers or removes the log.
     "PRAGMA busy_timeout = 5000",
     *_COMMON_PRAGMAS,
-    # 8 MiB each: a reader fetches by key, the operating system's cache does the rest.
+    # 4 MiB each: a reader fetches by key, the operating system's cache does the rest.
     "PRAGMA cache_size = -4096",
     "PRAGMA query_only = ON",
 )
