@@ -29,7 +29,7 @@ from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.storage.writes import RemovedRow
 from llama_embeddings.vectors.compressed import Cancelled
 from llama_embeddings.vectors.id_arrays import NO_IDS, contains
-from llama_embeddings.vectors.index import NO_SCORES, Key, Step, VectorIndex, VectorIndexes, rank
+from llama_embeddings.vectors.index import NO_SCORES, Candidates, Key, Step, VectorIndex, VectorIndexes, rank
 from llama_embeddings.vectors.memory import release_memory
 from llama_embeddings.vectors.rebuilding import Rebuild
 from llama_embeddings.vectors.snapshots import (
@@ -181,6 +181,19 @@ class IndexService:
                 return rank(vector, row_ids, vectors, count)
             # Rows were deleted and the index has not been told yet.
             n_wanted *= 2
+
+    async def find_candidates(
+        self, model_name: str, family: str, queries: np.ndarray, count: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each of float32 (n, n_dims), about `count` rows that are near it: ids and cosines, best first.
+
+        The cosines are estimates where the index holds codes, and rows may be among them that are gone: for callers
+        who go on to something exact of their own.
+        """
+        index = self._indexes.get(model_name, family)
+        if index is None:
+            return []
+        return await asyncio.to_thread(lambda: [_take_best(index.search(query, count), count) for query in queries])
 
     async def _scan(
         self, index: VectorIndex, source: VectorSource, vector: np.ndarray, count: int, allowed: np.ndarray | None
@@ -384,6 +397,11 @@ class IndexService:
 
 async def _run_on(thread: ThreadPoolExecutor, function: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(thread, function)
+
+
+def _take_best(candidates: Candidates, count: int) -> FoundRows:
+    best = np.argsort(-candidates.scores, kind="stable")[:count]
+    return candidates.row_ids[best], candidates.scores[best]
 
 
 def _split(row_ids: np.ndarray) -> list[np.ndarray]:

@@ -88,8 +88,9 @@ class TokenIndex:
         A text's score is the sum of its best cosine for each token of the query, as far as the index's nearest show it.
         """
         scores: dict[int, float] = {}
-        for row in query:
-            ids, cosines = await self._index.search(model_name, PREFIX + family, row, TOKENS_PER_QUERY_TOKEN)
+        for ids, cosines in await self._index.find_candidates(
+            model_name, PREFIX + family, query, TOKENS_PER_QUERY_TOKEN
+        ):
             best: dict[int, float] = {}
             for bundle_id, cosine in zip((ids // PLACES_PER_BUNDLE).tolist(), cosines.tolist(), strict=True):
                 best.setdefault(bundle_id, cosine)

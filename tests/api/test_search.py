@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import similarity_measures
+from embeddings_data_models import compute_text_hash
 from llama_embeddings.services.search import fuse_rankings
+from llama_embeddings.services.token_index import scale_rows
 from tests.serving import RunningApplication, run_application
 
 SEARCH = "/search_stored_embeddings_with_query_string_for_semantic_similarity/"
@@ -239,3 +241,31 @@ def test_reciprocal_rank_fusion_by_hand() -> None:
 def test_ranking_of_weight_zero_brings_nothing_in() -> None:
     """Words alone: what only meaning found is left out."""
     assert list(fuse_rankings([(0.0, {1: 0.9}), (1.0, {3: 5.0})])) == [3]
+
+
+async def test_text_is_found_by_its_tokens_and_forgotten_with_them(application: RunningApplication) -> None:
+    """The index of tokens finds the text that shares them, and forgets one that is deleted."""
+    service = application.app.state.services.late_interaction
+    tokens = application.app.state.services.token_embeddings
+    await tokens.get_or_compute_all([*WEATHER, *FOOD])
+    bundle = await tokens.get_or_compute("soup")
+    family = await tokens.find_family(None)
+    rows = scale_rows(bundle.matrix)
+    hashes = await service._token_index.find_texts("fake-model", family, rows, n_texts=3)
+    assert compute_text_hash("soup") in hashes
+    await application.client.request("DELETE", "/stored_strings/", json={"text": FOOD[0]})
+    left = await service._token_index.find_texts("fake-model", family, rows, n_texts=20)
+    assert set(left) == {compute_text_hash(text) for text in (*WEATHER, *FOOD[1:], "soup")}
+
+
+async def test_tokens_are_found_after_a_restart(tmp_path: Path) -> None:
+    """Their index is made anew from the stored bundles."""
+    async with run_application(tmp_path) as running:
+        await running.app.state.services.token_embeddings.get_or_compute_all(["a bowl of soup", "snow"])
+    async with run_application(tmp_path) as running:
+        services = running.app.state.services
+        bundle = await services.token_embeddings.get_or_compute("a bowl of soup")
+        family = await services.token_embeddings.find_family(None)
+        index = services.late_interaction._token_index
+        [nearest, _] = await index.find_texts("fake-model", family, scale_rows(bundle.matrix), n_texts=2)
+        assert nearest == compute_text_hash("a bowl of soup")
