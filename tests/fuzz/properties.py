@@ -25,6 +25,7 @@ from llama_embeddings.documents.extraction import extract_text
 from llama_embeddings.documents.sentences import split_into_sentences
 from llama_embeddings.errors import ModelUnusable, ServiceError
 from llama_embeddings.inference.llama_backend import LlamaBackend, LlamaModel
+from tests.office_writing import write_docx, write_epub, write_odt, write_pptx, write_xlsx
 from tests.pdf_writing import write_text_pdf
 from tests.serving import get_models_directory
 from tests.tiny_models import write_tiny_model
@@ -135,7 +136,49 @@ def make_documents() -> list[bytes]:
         b"PK\x03\x04" + bytes(200),
         b"{\\rtf1 text}",
         b"<html><body><p>Text</p></body></html>",
+        write_docx(),
+        write_pptx(),
+        write_xlsx(),
+        write_odt(),
+        write_epub(),
     ]
+
+
+MARKUP_PARTS = [
+    *(
+        "<p>",
+        "</p>",
+        "<table><tr><td>",
+        "</td></tr></table>",
+        "<!DOCTYPE html>",
+        "<![CDATA[",
+        "<!--",
+        "-->",
+        "<script>",
+    ),
+    *("{\\rtf1\\ansi ", "{", "}", "\\par ", "\\u8364?", "\\'e9", "\\bin99 ", "&amp;", "&#0;", "&#x110000;", "&lol;"),
+    *(
+        "# ",
+        "| a | b |\n|---|---|\n",
+        "```\n",
+        "[a](b)",
+        "**a**",
+        "- ",
+        '"a","b"\n',
+        "a;b;c\n",
+        '""',
+        "---\n",
+        "\n",
+        " ",
+    ),
+    *("Some words. ", "Nobody waits for it. ", "a", "1.5", "é", "今日は"),
+]
+MARKED_UP = st.tuples(
+    st.sampled_from(
+        ["", "<!DOCTYPE html><html><body>", "{\\rtf1\\ansi ", "# Title\n\n**bold** [a](b)\n\n", "a,b\n1,2\n3,4\n"]
+    ),
+    st.lists(st.sampled_from(MARKUP_PARTS), max_size=80).map("".join),
+).map(lambda parts: "".join(parts).encode())
 
 
 @st.composite
@@ -250,6 +293,7 @@ PROPERTIES = [
     Property("tokens of bytes, and back", TEXT, check_byte_tokens),
     Property("sentences of any text", TEXT, check_sentences, cost=4),
     Property("documents, changed", draw_changed(make_documents), check_document, cost=4),
+    Property("documents of markup", MARKED_UP, check_document, cost=4),
     Property("documents of any bytes", st.binary(max_size=2000), check_document, cost=4),
     Property("recipes", st.tuples(RECIPES, RECIPES), check_recipes),
     Property("model files, changed", draw_model_file(), check_model_file, cost=4),
