@@ -194,6 +194,7 @@ class Samples:
     n_left: int = 0
     resident: list[tuple[float, int]] = field(default_factory=list)
     descriptors: list[tuple[float, int]] = field(default_factory=list)
+    processor_seconds: list[tuple[float, float]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -238,6 +239,8 @@ async def watch_until(ends: float, process: psutil.Process, samples: Samples) ->
         family = [process, *process.children(recursive=True)]
         samples.resident.append((now, sum(read_resident(member) for member in family)))
         samples.descriptors.append((now, process.num_fds()))
+        times = process.cpu_times()
+        samples.processor_seconds.append((now, times.user + times.system))
         await asyncio.sleep(SECONDS_BETWEEN_SAMPLES)
 
 
@@ -311,6 +314,19 @@ def report_sizes(report: Report, samples: Samples, directory: Path, seconds: flo
         report.add(what, f"{bound} more at most", f"{before:.0f} to {after:.0f}", after <= before + bound)
 
 
+def report_work(report: Report, samples: Samples, seconds: float) -> None:
+    """The server's own processor time for a reply, which neighbours on the machine change little."""
+    found = []
+    for begin, end in ((0.2, 0.4), (0.8, 1.0)):
+        first, last = (samples.started + share * seconds for share in (begin, end))
+        spent = [value for at, value in samples.processor_seconds if first <= at < last]
+        n_replies = sum(first <= at < last for replies in samples.replies.values() for at, _ in replies)
+        found.append((spent[-1] - spent[0]) / max(1, n_replies))
+    before, after = found
+    values = f"{1000 * before:.0f} ms to {1000 * after:.0f} ms"
+    report.add("processor time of a reply", f"{MAX_SLOWER} times at most", values, after <= MAX_SLOWER * before)
+
+
 def report_latencies(report: Report, samples: Samples, seconds: float) -> None:
     for kind, replies in sorted(samples.replies.items()):
         before, after = compare(replies, samples, seconds)
@@ -367,6 +383,7 @@ def soak(minutes: float, seed: int) -> bool:
         report.add("unexpected replies, broken connections", "0", f"{n_unexpected:,}", n_unexpected == 0)
         report_rows(report, directory, n_indexed, minutes)
         report_sizes(report, samples, directory, seconds)
+        report_work(report, samples, seconds)
         report_latencies(report, samples, seconds)
         for what, count in samples.unexpected.most_common(20):
             print(f"{count} x {what}", file=sys.stderr)
