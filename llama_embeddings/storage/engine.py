@@ -311,10 +311,20 @@ def inspect_file(path: Path, newest_version: int) -> None:
     if not path.exists() or path.stat().st_size == 0:
         return
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            _inspect(connection, path, newest_version)
+        try:
+            _inspect_in_mode("ro", path, newest_version)
+        except sqlite3.OperationalError as error:
+            # Killed in its very first transaction, before there was a log: only who may write can roll that back.
+            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                raise
+            _inspect_in_mode("rw", path, newest_version)
     except sqlite3.DatabaseError as error:
         raise _describe_inspection(error, path) from error
+
+
+def _inspect_in_mode(mode: str, path: Path, newest_version: int) -> None:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
+        _inspect(connection, path, newest_version)
 
 
 def inspect_header(path: Path) -> None:

@@ -317,3 +317,27 @@ async def test_every_answered_row_survives_kill_9(path: Path) -> None:
     found = await store.find_embeddings([compute_text_hash(text) for text in answered.values()], "m", "r")
     assert {embedding.row_id for embedding in found.values()} == set(answered)
     await store.close()
+
+
+DIE_IN_THE_FIRST_TRANSACTION = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("PRAGMA user_version")
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("PRAGMA cache_spill = 1")
+connection.execute("BEGIN EXCLUSIVE")
+connection.execute("CREATE TABLE rows (data BLOB)")
+connection.executemany("INSERT INTO rows VALUES (?)", [(bytes(4000),)] * 100)
+os.kill(os.getpid(), 9)
+"""
+
+
+async def test_database_of_a_start_that_was_killed_at_once_can_be_opened(path: Path) -> None:
+    """Its first transaction left a rollback journal, which a look without permission to write cannot roll back."""
+    subprocess.run([sys.executable, "-c", DIE_IN_THE_FIRST_TRANSACTION, str(path)], check=False)
+    assert path.stat().st_size > 0
+    assert path.with_name(path.name + "-journal").stat().st_size > 0
+    store = await open_store(path)
+    await add(store, "after all")
+    assert await is_known(store, "after all")
+    await store.close()
