@@ -100,6 +100,9 @@ MEGABYTE = 1024 * 1024
 SWITCH_INTERVAL_SECONDS = 0.0005
 # Open connections get this long to be answered, work without a connection this long to be committed.
 GRACEFUL_SHUTDOWN_SECONDS = 8
+# Longer than clients keep a connection for another request (5 s in Python's, 60 s in proxies), so that it is they who
+# close it: a request sent while the server closes is lost.
+KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
 # Objects made before the young ones are looked at, and how many such rounds before all are.
 GARBAGE_COLLECTION_THRESHOLDS = (10_000, 20, 100)
@@ -496,6 +499,7 @@ async def serve(app: FastAPI, listener: socket.socket) -> None:
             lifespan="off",
             http=make_protocol(app.state.connection_limits),
             timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
     )
     async with app.router.lifespan_context(app):
