@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test bench soak fuzz docs lock audit clean compiler browser test-clients test-docker
+.PHONY: help run test bench soak fuzz docs lock audit clean compiler browser tesseract test-clients test-docker
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -49,7 +49,7 @@ help:
 run: $(INSTALLED) $(COMPILED)
 	@exec $(VENV_PYTHON) llama_embeddings_server.py
 
-test: $(INSTALLED_FOR_TESTS) browser
+test: $(INSTALLED_FOR_TESTS) browser tesseract
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
@@ -172,3 +172,16 @@ browser:
 	echo 'Installing chromium and chromium-driver for the tests'; \
 	$$administrator apt-get update --quiet && \
 	$$administrator env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends chromium chromium-driver
+
+# OCR is tested on a real scan.
+tesseract:
+	@command -v tesseract >/dev/null && tesseract --list-langs 2>/dev/null | grep -qx eng && exit 0; \
+	administrator=; \
+	[ "$$(id -u)" = 0 ] || administrator='sudo -n'; \
+	if ! command -v apt-get >/dev/null || ! $$administrator true 2>/dev/null; then \
+		echo 'The tests need tesseract with English: install it (Debian: apt install tesseract-ocr) and start again.' >&2; \
+		exit 1; \
+	fi; \
+	echo 'Installing tesseract-ocr for the tests'; \
+	$$administrator apt-get update --quiet && \
+	$$administrator env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends tesseract-ocr

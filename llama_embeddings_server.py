@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -58,7 +59,7 @@ from llama_embeddings.api.stopping import AnswerWhenStopped
 from llama_embeddings.api.tokens import Tokens
 from llama_embeddings.catalogue.downloads import Downloads
 from llama_embeddings.catalogue.models import Catalogue, RamdiskOptions
-from llama_embeddings.documents.extracted import ExtractionLimits
+from llama_embeddings.documents.extracted import ExtractionLimits, OcrOptions
 from llama_embeddings.documents.reader import DocumentReader
 from llama_embeddings.errors import ConfigurationError, ServiceError
 from llama_embeddings.heat_maps import Painter
@@ -381,6 +382,17 @@ def make_document_reader(settings: Settings) -> DocumentReader:
         ),
         time_limit_seconds=settings.document_time_limit_in_seconds,
         memory_limit_bytes=memory_limit_bytes,
+        ocr=find_ocr(settings) if settings.use_ocr else None,
+    )
+
+
+def find_ocr(settings: Settings) -> OcrOptions:
+    """How images are read. Without tesseract the server serves all the same, and refuses them."""
+    command = shutil.which("tesseract")
+    if command is None:
+        logger.warning("USE_OCR is on, but tesseract is not installed: scans and images will be refused")
+    return OcrOptions(
+        command, settings.ocr_languages, settings.tessdata_prefix, settings.document_time_limit_in_seconds
     )
 
 

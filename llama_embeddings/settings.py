@@ -63,6 +63,12 @@ def _required_text(text: str) -> str:
     return text.strip()
 
 
+def _languages(text: str) -> str:
+    if not re.fullmatch(r"\w+(?:/\w+)?(?:\+\w+(?:/\w+)?)*", text.strip(), re.ASCII):
+        raise ValueError("must hold tesseract's names of languages with + between them, such as eng+deu")
+    return text.strip()
+
+
 def _choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.strip() not in choices:
@@ -247,6 +253,15 @@ class Settings:
         1024,
         _number(int, 256),
         "Memory of each process that reads documents; archives may unpack to half of it.",
+    )
+    use_ocr: bool = _setting(
+        "USE_OCR", False, _boolean, "Read scanned PDFs and images with `tesseract`, where it is installed."
+    )
+    ocr_languages: str = _setting(
+        "OCR_LANGUAGES", "eng", _languages, "Languages of scans, as tesseract names them: `eng`, or `eng+deu` for both."
+    )
+    tessdata_prefix: str = _setting(
+        "TESSDATA_PREFIX", "", _text, "Directory with tesseract's languages, where it is not the one built into it."
     )
     keep_document_files: bool = _setting(
         "KEEP_DOCUMENT_FILES", True, _boolean, "Keep the bytes of submitted documents in the database."

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from llama_embeddings.errors import RequestTooLarge, UnsupportedDocumentType
 
+EXTRACTION_VERSION = 2
+"""Counts up with every change that can alter the text made from the same bytes."""
+
 SUPPORTED_TYPES = {
     "text/plain": "plain text in any encoding",
     "application/pdf": "PDF",
@@ -24,6 +27,16 @@ SUPPORTED_TYPES = {
 }
 """Every type that is read, with the name that people know it by."""
 
+IMAGE_TYPES = {
+    "image/png": "PNG",
+    "image/jpeg": "JPEG",
+    "image/tiff": "TIFF",
+    "image/webp": "WEBP",
+    "image/bmp": "BMP",
+    "image/x-ms-bmp": "BMP",
+}
+"""Types that are read with OCR only, with Pillow's names for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExtractionLimits:
@@ -35,6 +48,16 @@ class ExtractionLimits:
 
 
 DEFAULT_LIMITS = ExtractionLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class OcrOptions:
+    """How images are read. `command` is the path of tesseract, None where it is asked for but not installed."""
+
+    command: str | None
+    languages: str = "eng"
+    data_directory: str = ""
+    time_limit_seconds: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)

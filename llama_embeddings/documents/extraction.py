@@ -22,12 +22,15 @@ import magic
 
 from llama_embeddings.documents.extracted import (
     DEFAULT_LIMITS,
+    IMAGE_TYPES,
     SUPPORTED_TYPES,
     ExtractedDocument,
     ExtractionLimits,
     Extractor,
+    OcrOptions,
     unsupported,
 )
+from llama_embeddings.documents.images import extract_image
 from llama_embeddings.documents.pdf import extract_pdf
 from llama_embeddings.documents.plain_text import decode_certainly, extract_plain_text, is_legible
 from llama_embeddings.documents.structured import (
@@ -42,9 +45,6 @@ from llama_embeddings.documents.structured import (
 from llama_embeddings.errors import UnreadableDocument
 
 logger = logging.getLogger(__name__)
-
-EXTRACTION_VERSION = 2
-"""Counts up with every change that can alter the text made from the same bytes."""
 
 _DETECTION_BYTES = 256 * 1024
 
@@ -66,21 +66,33 @@ EXTRACTORS: dict[str, Extractor] = {
 
 
 def extract_text(
-    data: bytes, *, limits: ExtractionLimits = DEFAULT_LIMITS, filename: str | None = None
+    data: bytes,
+    *,
+    limits: ExtractionLimits = DEFAULT_LIMITS,
+    filename: str | None = None,
+    ocr: OcrOptions | None = None,
 ) -> ExtractedDocument:
-    """Extract the text of a document of any supported type.
+    """Extract the text of a document of any supported type; of images and scanned PDFs, too, with `ocr`.
 
     Raises UnsupportedDocumentType, UnreadableDocument (damaged, encrypted, without text) and RequestTooLarge.
     """
     if not data:
         raise UnreadableDocument("The document is empty: it has 0 bytes.", field="file")
     mimetype = detect_mimetype(data, filename)
-    extractor = EXTRACTORS.get(mimetype)
+    extractor = _find_extractor(mimetype, ocr)
     if extractor is None:
         raise unsupported(mimetype)
     document = extractor(data, limits)
     logger.info("Extracted %d characters from %d bytes of %s", len(document.text), len(data), mimetype)
     return document
+
+
+def _find_extractor(mimetype: str, ocr: OcrOptions | None) -> Extractor | None:
+    if ocr is not None and mimetype == "application/pdf":
+        return partial(extract_pdf, ocr=ocr)
+    if ocr is not None and mimetype in IMAGE_TYPES:
+        return partial(extract_image, mimetype=mimetype, ocr=ocr)
+    return EXTRACTORS.get(mimetype)
 
 
 # Text whose markup would end up in the sentences: refused where there is no extractor that understands it.

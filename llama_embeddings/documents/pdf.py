@@ -1,4 +1,4 @@
-"""PDF by pypdf: paragraphs without running headers and hyphenation. Recognises no letters in images."""
+"""PDF by pypdf: paragraphs without running headers and hyphenation. Pages without text are left to `ocr.py`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from llama_embeddings.documents.extracted import (
     DEFAULT_LIMITS,
     ExtractedDocument,
     ExtractionLimits,
+    OcrOptions,
     check_length,
     check_page_count,
 )
 from llama_embeddings.documents.layout import ends_paragraph, is_written_without_spaces, measure_width
+from llama_embeddings.documents.ocr import TESSERACT_IS_MISSING, TextRecogniser
 from llama_embeddings.documents.plain_text import drop_invisible_characters, normalise_newlines
 from llama_embeddings.errors import RequestTooLarge, UnreadableDocument
 
@@ -38,22 +40,52 @@ _MINIMUM_SHARE_OF_RUNNING_LINES = 0.4  # headers of left and right pages differ,
 _DEEPEST_RUNNING_LINE = 3
 
 
-def extract_pdf(data: bytes, limits: ExtractionLimits = DEFAULT_LIMITS) -> ExtractedDocument:
+def extract_pdf(
+    data: bytes, limits: ExtractionLimits = DEFAULT_LIMITS, *, ocr: OcrOptions | None = None
+) -> ExtractedDocument:
     """Extract a PDF's text: paragraphs parted by blank lines, no running headers, no hyphenation.
 
-    Raises UnreadableDocument if it is damaged, encrypted with a password, or has no text (a scan).
+    With `ocr`, pages without text are read as images. Raises UnreadableDocument if the PDF is damaged, encrypted with
+    a password, or has no text (a scan, without OCR).
     """
-    pages, n_characters = [], 0
+    texts, n_characters = [], 0
     for page_text in _read_pdf_pages(data, limits):
         n_characters += len(page_text)
         check_length(n_characters, limits)
-        pages.append([line.strip() for line in page_text.split("\n")])
-    if not any(any(lines) for lines in pages):
-        raise UnreadableDocument(
-            "The PDF contains no text. It probably is a scan: run OCR on it first and send the result.", field="file"
+        texts.append(page_text)
+    if ocr is not None and not all(text.strip() for text in texts):
+        _fill_in_scans(texts, data, ocr)
+        check_length(sum(map(len, texts)), limits)
+    if not any(text.strip() for text in texts):
+        raise _refuse_scan(ocr)
+    return lay_out_pages("application/pdf", texts)
+
+
+def _fill_in_scans(texts: list[str], data: bytes, ocr: OcrOptions) -> None:
+    """Put what OCR reads in place of the pages' texts that are empty. Without tesseract, pages with text are enough."""
+    if ocr.command is None:
+        return
+    scans = [position for position, text in enumerate(texts) if not text.strip()]
+    for position, recognised in TextRecogniser(ocr).read_pdf_pages(data, scans):
+        texts[position] = clean_typeset_text(recognised)
+
+
+def _refuse_scan(ocr: OcrOptions | None) -> UnreadableDocument:
+    if ocr is None:
+        outcome = (
+            "It probably is a scan: run OCR on it first and send the result, or start the server with USE_OCR=True."
         )
-    without_running_lines = drop_running_lines(pages)
-    return ExtractedDocument("application/pdf", *_assemble_pages(without_running_lines))
+    elif ocr.command is None:
+        outcome = f"It probably is a scan. {TESSERACT_IS_MISSING}"
+    else:
+        outcome = "OCR found none in its pages' images either."
+    return UnreadableDocument(f"The PDF contains no text. {outcome}", field="file")
+
+
+def lay_out_pages(mimetype: str, texts: Sequence[str]) -> ExtractedDocument:
+    """Pages of lines, as they stand on paper, to paragraphs."""
+    pages = [[line.strip() for line in text.split("\n")] for text in texts]
+    return ExtractedDocument(mimetype, *_assemble_pages(drop_running_lines(pages)))
 
 
 def _read_pdf_pages(data: bytes, limits: ExtractionLimits) -> Iterator[str]:
@@ -63,7 +95,7 @@ def _read_pdf_pages(data: bytes, limits: ExtractionLimits) -> Iterator[str]:
             raise UnreadableDocument("The PDF is encrypted. Remove its password first.", field="file")
         check_page_count(len(reader.pages), limits)
         for page in reader.pages:
-            yield _clean_pdf_text(page.extract_text())
+            yield clean_typeset_text(page.extract_text())
     except (UnreadableDocument, RequestTooLarge):
         raise
     except DependencyError:
@@ -77,7 +109,8 @@ def _read_pdf_pages(data: bytes, limits: ExtractionLimits) -> Iterator[str]:
         raise UnreadableDocument("The PDF is damaged and cannot be read. Try saving it anew.", field="file") from None
 
 
-def _clean_pdf_text(text: str) -> str:
+def clean_typeset_text(text: str) -> str:
+    """Undo ligatures and drop what cannot be seen."""
     text = _LIGATURE.sub(lambda match: _LIGATURES[match.group()], text)
     text = _LONE_SURROGATE.sub("\ufffd", text)  # from broken character maps; such text could not even be hashed
     return normalise_newlines(drop_invisible_characters(text))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from embeddings_data_models import Sentence
-from llama_embeddings.documents.extracted import DEFAULT_LIMITS, ExtractionLimits
-from llama_embeddings.documents.sentences import segmentation_key
+from llama_embeddings.documents.extracted import DEFAULT_LIMITS, ExtractionLimits, OcrOptions
+from llama_embeddings.documents.segmentation import segmentation_key
 from llama_embeddings.errors import ServiceError, UnreadableDocument
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,14 @@ class DocumentReader:
         time_limit_seconds: float = 300.0,
         memory_limit_bytes: int = 1024 * MEGABYTE,
         idle_seconds: float = IDLE_SECONDS,
+        ocr: OcrOptions | None = None,
     ) -> None:
         self._minimum_length = minimum_length
         self._limits = limits
         self._time_limit_seconds = time_limit_seconds
         self._memory_limit_bytes = memory_limit_bytes
         self._idle_seconds = idle_seconds
+        self._ocr = ocr
         self._places = asyncio.Semaphore(N_PROCESSES)
         self._idle: list[_ReadingProcess] = []
         self._busy: set[_ReadingProcess] = set()
@@ -70,8 +73,8 @@ class DocumentReader:
 
     @property
     def segmentation(self) -> str:
-        """Part of a document's cache key: another minimum or another splitter gives other sentences."""
-        return segmentation_key(self._minimum_length)
+        """Part of a document's cache key: other rules, or OCR, give other sentences."""
+        return segmentation_key(self._minimum_length, self._ocr)
 
     @property
     def process_ids(self) -> list[int]:
@@ -105,7 +108,7 @@ class DocumentReader:
             self._busy.add(process)
             is_reusable = False
             try:
-                question = (filename, self._minimum_length, self._limits)
+                question = (filename, self._minimum_length, self._limits, self._ocr)
                 seconds_left = self._time_limit_seconds
                 began = time.monotonic()
                 await asyncio.to_thread(process.ask, question, data)
@@ -205,7 +208,9 @@ class _ReadingProcess:
         return self._connection.recv()
 
     def end(self) -> None:
-        """Kill it at once: it holds nothing that could be lost."""
-        self._process.kill()
+        """Kill it at once, with the tesseract that it may wait for: they hold nothing that could be lost."""
+        # It leads a group of its own. Once its end was noticed, its number may be somebody else's.
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         # The connection is closed when the last thread that waits on it lets go of it.

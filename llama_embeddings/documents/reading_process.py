@@ -13,7 +13,7 @@ from itertools import islice
 from multiprocessing.connection import Connection
 
 from embeddings_data_models import Sentence
-from llama_embeddings.documents.extracted import ExtractionLimits
+from llama_embeddings.documents.extracted import ExtractionLimits, OcrOptions
 from llama_embeddings.documents.extraction import extract_text
 from llama_embeddings.documents.sentences import find_sentences
 from llama_embeddings.errors import ServiceError, UnreadableDocument
@@ -30,17 +30,22 @@ def main(descriptor: int, memory_limit_bytes: int) -> None:
     with Connection(descriptor) as connection:
         while True:
             try:
-                filename, minimum_length, limits = connection.recv()
-                _answer(connection, connection.recv_bytes(), filename, minimum_length, limits)
+                filename, minimum_length, limits, ocr = connection.recv()
+                _answer(connection, connection.recv_bytes(), filename, minimum_length, limits, ocr)
             except (EOFError, OSError):
                 return
 
 
 def _answer(
-    connection: Connection, data: bytes, filename: str | None, minimum_length: int, limits: ExtractionLimits
+    connection: Connection,
+    data: bytes,
+    filename: str | None,
+    minimum_length: int,
+    limits: ExtractionLimits,
+    ocr: OcrOptions | None,
 ) -> None:
     try:
-        document = extract_text(data, limits=limits, filename=filename)
+        document = extract_text(data, limits=limits, filename=filename, ocr=ocr)
         del data
         n_sentences = 0
         for chunk in _gather(find_sentences(document, minimum_length=minimum_length)):

@@ -15,18 +15,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import pairwise
 
 import pysbd
 
 from embeddings_data_models import Sentence
 from llama_embeddings.documents.extracted import ExtractedDocument
-from llama_embeddings.documents.extraction import EXTRACTION_VERSION
 from llama_embeddings.documents.layout import ends_paragraph, is_written_without_spaces, measure_width
-
-SEGMENTATION_NAME = f"pysbd-{version('pysbd')}/2"
-"""The splitter and the version of the rules around it; the number counts up with every change of the result."""
 
 MAXIMUM_SENTENCE_CHARACTERS = 2_000
 """Longer runs without a sentence end are split at whitespace, or anywhere if they have none."""
@@ -36,11 +31,6 @@ _MAXIMUM_PARAGRAPH_CHARACTERS = 100_000
 _MAXIMUM_BLOCK_LINES = 5_000
 
 _SEGMENTER = pysbd.Segmenter(language="en", clean=False)
-
-
-def segmentation_key(minimum_length: int) -> str:
-    """Everything that decides which sentences a file gives, as part of a cache key."""
-    return f"{SEGMENTATION_NAME};extraction-{EXTRACTION_VERSION};minimum-{minimum_length}"
 
 
 def split_into_sentences(document: ExtractedDocument, *, minimum_length: int) -> list[Sentence]:

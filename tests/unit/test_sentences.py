@@ -8,10 +8,9 @@ import pytest
 
 from llama_embeddings.documents.extracted import ExtractedDocument
 from llama_embeddings.documents.extraction import extract_text
+from llama_embeddings.documents.segmentation import SEGMENTATION_NAME, segmentation_key
 from llama_embeddings.documents.sentences import (
     MAXIMUM_SENTENCE_CHARACTERS,
-    SEGMENTATION_NAME,
-    segmentation_key,
     split_into_sentences,
 )
 from tests.pdf_writing import write_text_pdf

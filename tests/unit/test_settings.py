@@ -24,6 +24,7 @@ MAY_BE_EMPTY = {
     "MODEL_ALIASES",
     "SECURITY_TOKEN",
     "SECURITY_TOKENS_FILE",
+    "TESSDATA_PREFIX",
     "TRUSTED_PROXIES",
 }
 # With one of the choices each.
@@ -351,6 +352,13 @@ def test_settings_given_in_code_are_checked_like_those_read(env_file: Path) -> N
     """Overrides are no way around the rules."""
     with pytest.raises(ConfigurationError, match="LISTEN_HOST"):
         load_settings(env_file, listen_host="0.0.0.0")
+
+
+@pytest.mark.parametrize("value", ["eng deu", "--help", "eng+", "../eng", "eng,deu"])
+def test_languages_of_scans_are_names_with_plus_between_them(env_file: Path, value: str) -> None:
+    """They become an argument of tesseract's."""
+    assert "eng+deu" in assert_is_refused(env_file, OCR_LANGUAGES=value).message
+    assert load_with(env_file, OCR_LANGUAGES="chi_sim+script/Latin").ocr_languages == "chi_sim+script/Latin"
 
 
 @pytest.mark.parametrize("value", ["app.example", "https://app.example/path", "ftp://app.example", "https://a b"])
