@@ -124,13 +124,13 @@ def test_run_installs_and_then_becomes_the_server() -> None:
 
 
 def test_test_runs_every_check_and_every_test() -> None:
-    """`make test` lints, type-checks and runs pytest on everything; .ci/run does that and tries the clients."""
+    """`make test` lints, type-checks and runs pytest on everything; .ci/run does nothing cleverer."""
     steps = run("make", "--dry-run", "--always-make", "test").stdout
     for step in ("-m ruff check .", "-m ruff format --check .", "-m mypy\n", "-m pytest"):
         assert f".venv/bin/python {step}" in steps
     ci_run = PROJECT_DIRECTORY / ".ci" / "run"
     assert os.access(ci_run, os.X_OK)
-    assert ci_run.read_text().strip().endswith("exec make test test-clients")
+    assert ci_run.read_text().strip().endswith("exec make test")
 
 
 def make_bare_project(tmp_path: Path, *programs: str) -> tuple[Path, str]:
@@ -457,3 +457,10 @@ def test_docker_is_installed_where_it_is_missing(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "apt").read_text().splitlines() == ["update", "install --yes docker.io"]
     assert "Token: token-made-by-the-server" in outcome.stdout
+
+
+def test_every_folder_of_tests_is_run_by_make_test() -> None:
+    """The Makefile names them, as it runs those that start servers beside the others."""
+    folders = {str(path.parent.relative_to(PROJECT_DIRECTORY)) for path in PROJECT_DIRECTORY.glob("tests/*/test_*.py")}
+    named = re.findall(r"^TESTS_WITH(?:OUT)?_SERVERS := (.*)$", (PROJECT_DIRECTORY / "Makefile").read_text(), re.M)
+    assert folders <= set(" ".join(named).split())
