@@ -40,7 +40,6 @@ STATUS_OF_ERROR: dict[type[errors.ServiceError], int] = {
     errors.ServiceError: 500,
 }
 
-
 CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 

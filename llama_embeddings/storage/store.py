@@ -258,7 +258,7 @@ class EmbeddingStore:
     async def sample_vectors(self, model_name: str, recipe: str, *, count: int) -> tuple[int, np.ndarray]:
         """How many rows a group has, and the vectors of at most `count`, float32 (n, n_dims), evenly spaced.
 
-        The same rows give the same sample. It reads the whole of the group in an index: 0.3 s for a million rows.
+        The same rows give the same sample. It reads the whole of the group in an index.
         """
         group = {"model_name": model_name, "recipe": recipe}
         [[n_rows]] = await self._fetch(statements.COUNT_GROUP, group)
