@@ -43,7 +43,8 @@ from llama_embeddings.vectors.snapshots import (
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_READ = 4_096
+# Each row comes as an object of its own before it is copied: what many of them leave behind stays in the heap.
+ROWS_PER_READ = 1_024
 IDS_PER_READ = 50_000
 N_WITNESSES = 96
 N_NEWEST_WITNESSES = 32
@@ -304,8 +305,12 @@ class IndexService:
                 while (step := index.next_step()) is not None:
                     try:
                         await self._do(step, key, index)
-                    except (ServiceError, OSError, RuntimeError, MemoryError) as error:
-                        logger.warning("Upkeep of the index of %s failed, tried again later: %s", key[0], error)
+                    except Exception as error:
+                        # Whatever it was: without upkeep the rows pile up as vectors, and nobody would know why.
+                        trace = None if isinstance(error, ServiceError | OSError) else error
+                        logger.warning(
+                            "Upkeep of the index of %s failed, tried again later: %s", key[0], error, exc_info=trace
+                        )
                         await asyncio.sleep(RETRY_SECONDS)
 
     async def _do(self, step: Step, key: Key, index: VectorIndex) -> None:
@@ -349,7 +354,7 @@ class IndexService:
     ) -> bool:
         """Every step of a rebuild; False if it was cancelled, or every row is gone."""
         try:
-            row_ids, vectors = await self._read_sample(rebuild, source)
+            row_ids, vectors = await _read_sample(rebuild.sample_ids, index.n_dims, source)
             await _run_on(thread, partial(rebuild.train, row_ids, vectors))
             del row_ids, vectors
             await self._add_rows(rebuild, rebuild.row_ids, source, thread)
@@ -360,13 +365,6 @@ class IndexService:
             index.abandon(rebuild)
             return False
         return True
-
-    async def _read_sample(self, rebuild: Rebuild, source: VectorSource) -> FoundRows:
-        parts = [await source.read_vectors(part) for part in _split(rebuild.sample_ids)]
-        parts = [part for part in parts if len(part[0])]
-        if not parts:
-            raise Cancelled
-        return np.concatenate([row_ids for row_ids, _ in parts]), np.concatenate([vectors for _, vectors in parts])
 
     async def _add_rows(
         self, rebuild: Rebuild, row_ids: np.ndarray, source: VectorSource, thread: ThreadPoolExecutor
@@ -397,6 +395,18 @@ class IndexService:
 
 async def _run_on(thread: ThreadPoolExecutor, function: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(thread, function)
+
+
+async def _read_sample(wanted_ids: np.ndarray, n_dims: int, source: VectorSource) -> FoundRows:
+    """The rows that are there, written where they stay: the largest block of a rebuild is there once."""
+    row_ids, vectors = np.empty(len(wanted_ids), np.int64), np.empty((len(wanted_ids), n_dims), np.float32)
+    end = 0
+    for part in _split(wanted_ids):
+        found_ids, found_vectors = await source.read_vectors(part)
+        start, end = end, end + len(found_ids)
+        if len(found_ids):
+            row_ids[start:end], vectors[start:end] = found_ids, found_vectors
+    return row_ids[:end], vectors[:end]
 
 
 def _take_best(candidates: Candidates, count: int) -> FoundRows:

@@ -245,8 +245,14 @@ class JobService:
     async def _work(self) -> None:
         while True:
             job = await self._waiting.get()
-            if job.record.state is JobState.WAITING:
+            if job.record.state is not JobState.WAITING:
+                continue
+            try:
                 await self._run(job)
+            except Exception:
+                # A worker that has ended would let all further jobs wait for ever.
+                logger.exception("Job %s could not be brought to an end", job.record.id)
+                job.notify()
 
     async def _run(self, job: _Job) -> None:
         # Not written down: after a restart it is one that waits.

@@ -61,6 +61,8 @@ class FullTextFollower:
             self._has_news.clear()
             try:
                 await self.catch_up()
-            except ServiceError as error:
-                logger.warning("The full-text index could not follow, and will try again: %s", error.message)
+            except Exception as error:
+                # Whatever it was: a follower that has ended would let searches miss new words, and nobody would know.
+                trace = None if isinstance(error, ServiceError) else error
+                logger.warning("The full-text index could not follow, and will try again: %s", error, exc_info=trace)
                 self._has_news.set()

@@ -76,6 +76,8 @@ PROBE_TIMEOUT_SECONDS = 2.0
 MAX_ROWS_OF_A_LOOKUP = 512
 # Reading a row in passing costs about a quarter of finding it by its id.
 MAX_SPREAD_OF_A_RANGE = 4
+# Rows wanted of one range: with those in passing, what is in memory at a time as an object for each row.
+MAX_ROWS_OF_A_RANGE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,14 +296,16 @@ class EmbeddingStore:
         if len(wanted) <= MAX_ROWS_OF_A_LOOKUP:
             rows = await self._look_up_rows("id, embedding", wanted)
             return _split_rows(rows)
-        first, last = min(wanted), max(wanted)
-        if last - first < MAX_SPREAD_OF_A_RANGE * len(wanted):
-            among = set(wanted)
-            rows = await self._fetch(statements.READ_VECTORS_OF_RANGE, {"first": first, "last": last})
-            return _split_rows([row for row in rows if row[0] in among])
+        wanted.sort()
         rows = []
-        for part in split(wanted):
-            rows.extend(await self._fetch(statements.READ_VECTORS_OF_ROWS, {"row_ids": part}))
+        if wanted[-1] - wanted[0] < MAX_SPREAD_OF_A_RANGE * len(wanted):
+            for part in split(wanted, MAX_ROWS_OF_A_RANGE):
+                among = set(part)
+                found = await self._fetch(statements.READ_VECTORS_OF_RANGE, {"first": part[0], "last": part[-1]})
+                rows.extend(row for row in found if row[0] in among)
+        else:
+            for part in split(wanted):
+                rows.extend(await self._fetch(statements.READ_VECTORS_OF_ROWS, {"row_ids": part}))
         return _split_rows(rows)
 
     async def read_text_hashes(self, *, after_text_hash: str, limit: int) -> list[str]:

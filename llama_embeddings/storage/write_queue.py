@@ -125,7 +125,12 @@ class WriteQueue:
         group: list[_Write] = []
         try:
             while group := await self._take_group():
-                await self._process(group)
+                try:
+                    await self._process(group)
+                except Exception as error:
+                    # The writer outlives its mistakes: those who wait get an answer, and the next group its turn.
+                    logger.exception("A group of %d writes failed unexpectedly", len(group))
+                    self._fail(group, error)
         finally:
             # Empty after an orderly stop. If the loop was torn down instead, nobody may be left waiting.
             for write in (*group, *self._waiting):

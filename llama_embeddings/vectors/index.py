@@ -178,13 +178,13 @@ class VectorIndex:
     def _search_codes(self, query: np.ndarray, count: int, allowed: np.ndarray | None) -> Candidates:
         assert self._codes is not None
         assert self._tuning is not None
-        n_wanted = self._tuning.candidates_for(count)
         n_held = len(self._coded_ids)
+        share = 1.0 if allowed is None else min(1.0, len(allowed) / max(1, n_held))
+        n_wanted = self._tuning.candidates_for(count, share)
         if allowed is not None and len(allowed) <= 4 * n_wanted:
             allowed = allowed[contains(self._coded_ids, allowed)]
             if len(allowed) <= n_wanted:
                 return Candidates(allowed, np.full(len(allowed), np.nan, np.float32), False, True)
-        share = 1.0 if allowed is None else min(1.0, len(allowed) / max(1, n_held))
         n_probes = min(self._codes.n_lists, self._tuning.probes_for(count, share))
         while True:
             n_asked = min(n_wanted, n_held)

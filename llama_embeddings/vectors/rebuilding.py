@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 
-from llama_embeddings.vectors.calibration import Truth, Tuning, tune
+from llama_embeddings.vectors.calibration import N_QUERIES, Truth, Tuning, tune
 from llama_embeddings.vectors.compressed import (
     TRAINING_ROWS_PER_LIST,
     Cancelled,
@@ -18,7 +18,7 @@ from llama_embeddings.vectors.compressed import (
     choose_n_lists,
     use_threads,
 )
-from llama_embeddings.vectors.id_arrays import NO_IDS, contains, merge
+from llama_embeddings.vectors.id_arrays import NO_IDS, contains
 
 SAMPLING_SEED = 7
 
@@ -28,7 +28,7 @@ class Rebuild:
 
     def __init__(self, row_ids: np.ndarray, *, n_threads: int = 1) -> None:
         self.row_ids = row_ids
-        self.added_ids = NO_IDS
+        self._added_parts = [NO_IDS]
         self.rows: CompressedRows | None = None
         self.tuning: Tuning | None = None
         self._n_lists = choose_n_lists(len(row_ids))
@@ -47,6 +47,13 @@ class Rebuild:
         chosen = np.random.default_rng(SAMPLING_SEED).choice(len(self.row_ids), n_wanted, replace=False)
         return self.row_ids[np.sort(chosen)]
 
+    @property
+    def added_ids(self) -> np.ndarray:
+        """Sorted ids of the rows added."""
+        if len(self._added_parts) > 1:
+            self._added_parts = [np.sort(np.concatenate(self._added_parts))]
+        return self._added_parts[0]
+
     def cancel(self) -> None:
         """Let the step under way raise Cancelled soon."""
         self._is_cancelled.set()
@@ -57,11 +64,11 @@ class Rebuild:
             raise Cancelled
 
     def train(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Find the lists' centres; raises Cancelled also if every row of the sample is gone."""
+        """Find the lists' centres; raises Cancelled also if every row of the sample is gone. Spoils the vectors."""
         if len(row_ids) == 0:
             raise Cancelled
         use_threads(self._n_threads)
-        chosen = np.random.default_rng(SAMPLING_SEED).permutation(len(row_ids))
+        chosen = np.random.default_rng(SAMPLING_SEED).permutation(len(row_ids))[:N_QUERIES]
         self._truth = Truth(row_ids[chosen], vectors[chosen])
         self.rows = CompressedRows.train(vectors, min(self._n_lists, len(row_ids)), self.check)
 
@@ -71,11 +78,10 @@ class Rebuild:
         if len(row_ids) == 0:
             return
         assert self.rows is not None
-        assert self._truth is not None
         use_threads(self._n_threads)
         self.rows.add(row_ids, vectors)
-        self.added_ids = merge(self.added_ids, row_ids)
-        if self.tuning is None:
+        self._added_parts.append(row_ids)
+        if self._truth is not None:
             self._truth.see(row_ids, vectors)
 
     def calibrate(self) -> None:
@@ -94,5 +100,5 @@ class Rebuild:
         if self._forgotten and self.rows is not None:
             doomed = np.unique(np.concatenate(self._forgotten))
             self.rows.remove(doomed)
-            self.added_ids = self.added_ids[~contains(doomed, self.added_ids)]
+            self._added_parts = [self.added_ids[~contains(doomed, self.added_ids)]]
         self._forgotten.clear()

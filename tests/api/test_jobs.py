@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from llama_embeddings.errors import ModelLoading
+from llama_embeddings.services.jobs import N_RUNNING_JOBS, JobService
 from tests.api.test_native_endpoints import DOCUMENT, DOCUMENT_BYTES, SENTENCES, send_document
 from tests.serving import FAKE_MODEL_NAME, RunningApplication, run_application, wait_until
 
@@ -244,3 +245,20 @@ async def test_job_and_waiting_call_share_their_work(running: RunningApplication
     running.backend.gate.set()
     assert [row["text"] for row in await waiting] == SENTENCES
     assert (await get_job(running, job_id))["state"] == "cancelled"
+
+
+async def test_workers_outlive_a_mistake(
+    running: RunningApplication, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many jobs could not be brought to an end, the next one is."""
+
+    async def fail(*_: object) -> None:
+        raise PermissionError("no such right")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobService, "_end", fail)
+        for number in range(N_RUNNING_JOBS):
+            await submit_job(running, make_document(number))
+        await wait_until(lambda: caplog.text.count("could not be brought to an end") == N_RUNNING_JOBS)
+    job = await wait_until_finished(running, await submit_job(running))
+    assert job["state"] == "done"

@@ -29,7 +29,7 @@ class Rows:
         self.prefix = prefix
         self.key = key
         self.vectors: dict[int, np.ndarray] = {}
-        self.n_failures_to_come = 0
+        self.failures_to_come: list[Exception] = []
         self.n_reads = 0
 
     def insert(self, row_ids: range, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -53,9 +53,8 @@ class Rows:
     async def read_vectors(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.n_reads += 1
         await asyncio.sleep(0)
-        if self.n_failures_to_come:
-            self.n_failures_to_come -= 1
-            raise StoreBusy("Locked.")
+        if self.failures_to_come:
+            raise self.failures_to_come.pop()
         there = [row_id for row_id in row_ids.tolist() if row_id in self.vectors]
         found = np.stack([self.vectors[row_id] for row_id in there]) if there else np.empty((0, 0), np.float32)
         return np.array(there, np.int64), found
@@ -215,17 +214,19 @@ async def test_snapshots_that_cannot_be_written_stop_nothing(tmp_path: Path, cap
     assert "cannot be kept up to date" in caplog.text
 
 
+@pytest.mark.parametrize("failure", [StoreBusy("Locked."), AssertionError("A mistake of ours.")])
 async def test_upkeep_that_fails_is_tried_again(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A locked database is no reason to give up."""
+    """Neither a locked database nor a mistake is a reason to give up; of the latter the log says where it was."""
     monkeypatch.setattr(indexing, "RETRY_SECONDS", 0.01)
     rows = Rows()
     async with serve(rows) as (service, indexes):
-        rows.n_failures_to_come = 2
+        rows.failures_to_come = [failure] * 2
         service.add(*KEY, *rows.insert(range(1, 401)))
         await wait_until(lambda: is_settled(indexes))
         assert caplog.text.count("tried again later") == 2
+        assert ("Traceback" in caplog.text) == isinstance(failure, AssertionError)
         await check_all_are_found(service, rows)
 
 

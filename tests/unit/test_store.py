@@ -644,7 +644,7 @@ async def test_reads_go_through_indexes(store: EmbeddingStore, path: Path) -> No
         await find(store, document)
         await store.list_texts(None, 10, 0)
         await store.list_texts(MODEL, 10, 0)
-    assert len(seen) == 15
+    assert len(seen) == 18
     with closing(sqlite3.connect(path)) as connection:
         for statement, parameters in seen:
             details = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]

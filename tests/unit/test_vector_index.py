@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -342,6 +343,36 @@ def test_cancelled_rebuild_stops_and_leaves_the_index_as_it_was() -> None:
     with pytest.raises(Cancelled):
         train(index.begin_rebuild(), {})
     assert (len(index), index.is_compressed, index.freeze()) == (50, False, None)
+
+
+def test_rows_merged_between_calibration_and_adoption_are_caught_up_with() -> None:
+    """Under load rows are merged into the old codes all the while; the new ones get them before they take over."""
+    held = hold(np.arange(60), make_vectors(list(range(60))))
+    index = VectorIndex(N_DIMS, flat_limit=4, merge_at=4)
+    index.add(*read(held, np.arange(40)))
+    compress(index, held)
+    rebuild = index.begin_rebuild()
+    train(rebuild, held)
+    rebuild.add(*read(held, rebuild.row_ids))
+    rebuild.calibrate()
+    index.add(*read(held, np.arange(40, 60)))
+    index.merge_some(15)
+    missing = index.adopt(rebuild)
+    assert missing.tolist() == list(range(40, 55))
+    rebuild.add(*read(held, missing))
+    assert len(index.adopt(rebuild)) == 0
+    assert index.row_ids().tolist() == list(range(60))
+
+
+def test_truth_holds_its_own_rows_only() -> None:
+    """The sample that it is taken from is by far the largest block of a rebuild."""
+    held = hold(np.arange(2000), make_vectors(list(range(2000))))
+    rebuild = Rebuild(np.arange(2000))
+    sample = read(held, rebuild.sample_ids)
+    freed = weakref.finalize(sample[1], lambda: None)
+    rebuild.train(*sample)
+    del sample
+    assert not freed.alive
 
 
 def test_rows_of_another_width_are_refused() -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
 from llama_embeddings.errors import ShuttingDown, StoreBusy, StoreFull
+from llama_embeddings.storage import full_text_follower
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.engine import create_writer_engine, parse_database_url
 from llama_embeddings.storage.write_queue import WriteQueue
@@ -241,3 +242,41 @@ async def test_other_errors_are_not_retried() -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - it has no message
         await retry_while_locked(fail, lambda error: False, QUICK_BACKOFF)
     assert len(calls) == 1
+
+
+async def test_writer_outlives_a_mistake_of_its_own(
+    queue: WriteQueue, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what fails outside of any write is answered and logged, and the next write has its turn."""
+
+    async def fail(*_: object) -> None:
+        raise ValueError("A mistake.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "_process", fail)
+        with pytest.raises(ValueError, match=r"A mistake\."):
+            await queue.submit(insert_numbers, 1)
+    assert await queue.submit(insert_numbers, 2) == 2
+    assert (read_numbers(path), "Traceback" in caplog.text) == ([2], True)
+
+
+@pytest.mark.parametrize("failure", [StoreBusy("Locked.", retry_after_seconds=1.0), KeyError("a mistake")])
+async def test_follower_outlives_what_goes_wrong(
+    failure: Exception, queue: WriteQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It tries again, and says of a mistake where it was made."""
+    monkeypatch.setattr(full_text_follower, "PAUSE_SECONDS", 0.01)
+    failures, is_up_to_date = [failure] * 2, asyncio.Event()
+
+    async def read_newest_row_id() -> tuple[int, int]:
+        if failures:
+            raise failures.pop()
+        is_up_to_date.set()
+        return 0, 0
+
+    follower = full_text_follower.FullTextFollower(queue, read_newest_row_id)
+    follower.start()
+    await asyncio.wait_for(is_up_to_date.wait(), 10)
+    await follower.stop()
+    assert caplog.text.count("could not follow") == 2
+    assert ("Traceback" in caplog.text) == isinstance(failure, KeyError)
