@@ -42,9 +42,12 @@ RUN python -c 'from pathlib import Path; from llama_embeddings.catalogue.default
 
 FROM ${BASE_IMAGE}
 
-# hadolint ignore=DL3008
+# For scans, with USE_OCR=True: `--build-arg OCR_PACKAGES="tesseract-ocr tesseract-ocr-deu"` (English comes with the first).
+ARG OCR_PACKAGES=""
+# The packages are a list, so they stand without quotes.
+# hadolint ignore=DL3008,SC2086
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libgomp1 \
+    && apt-get install --yes --no-install-recommends libgomp1 ${OCR_PACKAGES} \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --user-group --shell /usr/sbin/nologin server \
     && install --directory --owner=server --group=server --mode=0700 /data

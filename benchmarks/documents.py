@@ -178,8 +178,7 @@ def measure_memory(megabytes: int, seed: int) -> dict[str, float]:
     texts = make_texts(35, seed=seed)
     block = " ".join(make_sentence(next(texts)) for _ in range(N_DISTINCT_SENTENCES)) + "\n\n"
     data = (block * (megabytes * MEGABYTE // len(block))).encode()
-    settings = {"MAX_REQUEST_SIZE_IN_MB": str(megabytes + 1)}
-    with tempfile.TemporaryDirectory() as directory, start_server(Path(directory), settings) as server:
+    with tempfile.TemporaryDirectory() as directory, start_server(Path(directory)) as server:
         send(server, "warm.txt", b"The first document starts the reading process.", "json")
         with server.client() as client, PeakMemory(psutil.Process(server.process.pid)) as memory:
             location = submit(client, data)

@@ -171,7 +171,7 @@ class Settings:
         "Most cells of a similarity matrix, of strings or of tokens, in one request.",
     )
     max_request_size_in_mb: float = _setting(
-        "MAX_REQUEST_SIZE_IN_MB", 50, _number(float, 0.001), "Largest request body, documents included."
+        "MAX_REQUEST_SIZE_IN_MB", 64, _number(float, 0.001), "Largest request body, documents included."
     )
     rerank_method: str = _setting(
         "RERANK_METHOD",
@@ -241,7 +241,7 @@ class Settings:
     )
     max_document_text_in_mb: float = _setting(
         "MAX_DOCUMENT_TEXT_IN_MB",
-        50,
+        64,
         _number(float, 0.001),
         "Longest text accepted in a document, in millions of characters.",
     )

@@ -43,7 +43,7 @@ class ExtractionLimits:
     """How much of a document is taken in; more raises RequestTooLarge."""
 
     max_pages: int = 5_000
-    max_characters: int = 50_000_000
+    max_characters: int = 64_000_000
     max_unpacked_bytes: int = 500_000_000
 
 
@@ -74,8 +74,10 @@ Extractor = Callable[[bytes, ExtractionLimits], ExtractedDocument]
 
 def unsupported(detected: str) -> UnsupportedDocumentType:
     """The refusal of a type, with the types that are read."""
+    hint = " With tesseract installed and USE_OCR=True, the text in it can be read." if detected in IMAGE_TYPES else ""
     return UnsupportedDocumentType(
-        f"Documents of the type {detected!r} are not supported. Supported: {', '.join(SUPPORTED_TYPES.values())}.",
+        f"Documents of the type {detected!r} are not supported.{hint} "
+        f"Supported: {', '.join(SUPPORTED_TYPES.values())}.",
         field="file",
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from llama_embeddings.documents.extracted import ExtractedDocument, ExtractionLimits, OcrOptions
 from llama_embeddings.documents.extraction import extract_text
@@ -22,24 +21,11 @@ from llama_embeddings.errors import RequestTooLarge, UnreadableDocument, Unsuppo
 from llama_embeddings.settings import load_settings
 from llama_embeddings_server import make_document_reader
 from tests.pdf_writing import write_text_pdf
+from tests.scans import draw_page, save_images
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "The boats came home early.", "Nobody was surprised by the storm."
 MISSING = OcrOptions(None)
-
-
-def draw(text: str) -> Image.Image:
-    """A page with one line on it."""
-    image = Image.new("RGB", (1240, 400), "white")
-    ImageDraw.Draw(image).text((80, 150), text, "black", ImageFont.load_default(48))
-    return image
-
-
-def save(image: Image.Image, kind: str, *others: Image.Image) -> bytes:
-    """One file of all the images."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"save_all": True, "append_images": others} if others else {}))
-    return buffer.getvalue()
 
 
 def write_stand_in(directory: Path, commands: str) -> OcrOptions:
@@ -60,14 +46,14 @@ def real_ocr() -> OcrOptions:
 async def test_a_real_scan_is_read_with_its_pages() -> None:
     """By the reading process, tesseract and all."""
     reader = DocumentReader(minimum_length=5, ocr=real_ocr())
-    document = await reader.read(save(draw(FIRST), "PDF", draw(SECOND)))
+    document = await reader.read(save_images(draw_page(FIRST), "PDF", draw_page(SECOND)))
     reader.close()
     assert [(sentence.text, sentence.page) for sentence in document.sentences] == [(FIRST, 1), (SECOND, 2)]
 
 
 def test_a_real_image_is_read() -> None:
     """Two pages of a fax."""
-    document = extract_text(save(draw(FIRST), "TIFF", draw(SECOND)), ocr=real_ocr())
+    document = extract_text(save_images(draw_page(FIRST), "TIFF", draw_page(SECOND)), ocr=real_ocr())
     assert FIRST in document.text
     assert document.text[document.page_starts[1] :] == SECOND
 
@@ -76,14 +62,14 @@ def test_a_language_that_tesseract_lacks_is_named() -> None:
     """The operator can do something about it."""
     options = OcrOptions(real_ocr().command, "klingon")
     with pytest.raises(UnreadableDocument, match="OCR_LANGUAGES=klingon"):
-        extract_text(save(draw(FIRST), "PNG"), ocr=options)
+        extract_text(save_images(draw_page(FIRST), "PNG"), ocr=options)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "BMP"])
 def test_images_of_every_kind_are_handed_to_tesseract(kind: str, tmp_path: Path) -> None:
     """As PNG, with the language."""
     ocr = write_stand_in(tmp_path, 'head -c 4 | tail -c 3; echo " in $4."')
-    assert extract_text(save(draw(FIRST), kind), ocr=ocr).text == "PNG in eng."
+    assert extract_text(save_images(draw_page(FIRST), kind), ocr=ocr).text == "PNG in eng."
 
 
 def test_only_pages_without_text_are_recognised(tmp_path: Path) -> None:
@@ -98,14 +84,14 @@ def test_a_scan_without_letters_is_refused(tmp_path: Path) -> None:
     ocr = write_stand_in(tmp_path, "cat > /dev/null")
     for kind in ("PDF", "PNG"):
         with pytest.raises(UnreadableDocument, match="OCR found no"):
-            extract_text(save(draw(FIRST), kind), ocr=ocr)
+            extract_text(save_images(draw_page(FIRST), kind), ocr=ocr)
 
 
 def test_what_tesseract_fails_on_is_refused(tmp_path: Path) -> None:
     """Its own words stay out of the reply: they may quote the document."""
     ocr = write_stand_in(tmp_path, "echo secret >&2; exit 1")
     with pytest.raises(UnreadableDocument, match="tesseract could not read") as refusal:
-        extract_text(save(draw(FIRST), "PNG"), ocr=ocr)
+        extract_text(save_images(draw_page(FIRST), "PNG"), ocr=ocr)
     assert "secret" not in refusal.value.message
 
 
@@ -113,22 +99,22 @@ def test_what_tesseract_fails_on_is_refused(tmp_path: Path) -> None:
 def test_without_tesseract_the_refusal_says_that_it_is_missing(kind: str) -> None:
     """It names the setting, too."""
     with pytest.raises(UnreadableDocument, match=r"USE_OCR.*not installed"):
-        extract_text(save(draw(FIRST), kind), ocr=MISSING)
+        extract_text(save_images(draw_page(FIRST), kind), ocr=MISSING)
 
 
-def test_without_ocr_images_are_of_no_supported_type() -> None:
-    """And scans are refused with what to do."""
-    with pytest.raises(UnsupportedDocumentType):
-        extract_text(save(draw(FIRST), "PNG"))
+def test_without_ocr_images_and_scans_are_refused_with_what_to_do() -> None:
+    """Images are of no supported type; PDFs are, without any text."""
+    with pytest.raises(UnsupportedDocumentType, match="USE_OCR=True"):
+        extract_text(save_images(draw_page(FIRST), "PNG"))
     with pytest.raises(UnreadableDocument, match="USE_OCR=True"):
-        extract_text(save(draw(FIRST), "PDF"))
+        extract_text(save_images(draw_page(FIRST), "PDF"))
 
 
 @pytest.mark.parametrize("side", [9_000, 30_000])
 def test_images_of_too_many_pixels_are_refused_before_they_are_unpacked(side: int, tmp_path: Path) -> None:
     """A few kilobytes can stand for gigabytes."""
     assert side * side > MAX_IMAGE_PIXELS
-    data = save(Image.new("1", (side, side)), "PNG")
+    data = save_images(Image.new("1", (side, side)), "PNG")
     with pytest.raises(RequestTooLarge, match="pixels"):
         extract_text(data, ocr=write_stand_in(tmp_path, "echo read"))
 
@@ -137,15 +123,16 @@ def test_damaged_images_and_too_many_pages_are_refused(tmp_path: Path) -> None:
     """By the limits of all documents."""
     ocr = write_stand_in(tmp_path, "cat > /dev/null; echo Some text.")
     with pytest.raises(UnreadableDocument, match="damaged"):
-        extract_text(save(draw(FIRST), "PNG")[:1_000], ocr=ocr)
+        extract_text(save_images(draw_page(FIRST), "PNG")[:1_000], ocr=ocr)
+    fax = save_images(draw_page(FIRST), "TIFF", draw_page(SECOND))
     with pytest.raises(RequestTooLarge, match="MAX_DOCUMENT_PAGES"):
-        extract_text(save(draw(FIRST), "TIFF", draw(SECOND)), ocr=ocr, limits=ExtractionLimits(max_pages=1))
+        extract_text(fax, ocr=ocr, limits=ExtractionLimits(max_pages=1))
 
 
 def test_transparent_images_are_read_on_white(tmp_path: Path) -> None:
     """Black letters on nothing would be black on black."""
     ocr = write_stand_in(tmp_path, f"cat > {tmp_path}/seen.png; echo Some text.")
-    document = extract_text(save(Image.new("RGBA", (10, 10), (0, 0, 0, 0)), "PNG"), ocr=ocr)
+    document = extract_text(save_images(Image.new("RGBA", (10, 10), (0, 0, 0, 0)), "PNG"), ocr=ocr)
     assert document == ExtractedDocument("image/png", "Some text.", (0,))
     assert Image.open(tmp_path / "seen.png").getextrema() == (255, 255)
 
@@ -155,7 +142,7 @@ async def test_tesseract_ends_with_the_reading_process(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "began")
     ocr = write_stand_in(tmp_path, f"echo $$ > {tmp_path}/began; exec sleep 600")
     reader = DocumentReader(minimum_length=1, ocr=ocr)
-    reading = asyncio.create_task(reader.read(save(draw(FIRST), "PNG")))
+    reading = asyncio.create_task(reader.read(save_images(draw_page(FIRST), "PNG")))
     pid = int(await asyncio.to_thread((tmp_path / "began").read_text))
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
