@@ -1023,7 +1023,9 @@ class TokenLevelEmbedding(_RequestTimes, Base):
 
     __tablename__ = "token_level_embeddings"
     __table_args__ = (
-        UniqueConstraint("token_hash", "model_name", "recipe", name="_token_hash_model_uc"),
+        UniqueConstraint(
+            "token_level_embedding_bundle_id", "position", name="_token_level_embedding_bundle_position_uc"
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -1034,7 +1036,7 @@ class TokenLevelEmbedding(_RequestTimes, Base):
     model_name: Mapped[str] = mapped_column(String)
     recipe: Mapped[str] = mapped_column(String)
     token_level_embedding_bundle_id: Mapped[int] = mapped_column(
-        ForeignKey("token_level_embedding_bundles.id", ondelete="CASCADE"), index=True
+        ForeignKey("token_level_embedding_bundles.id", ondelete="CASCADE")
     )
 
     token_level_embedding_bundle: Mapped[TokenLevelEmbeddingBundle] = relationship(

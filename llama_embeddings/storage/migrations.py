@@ -249,7 +249,46 @@ DOCUMENT_JOBS = Migration(
     ),
 )
 
-MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA, COLLECTIONS_AND_FULL_TEXT, DOCUMENT_JOBS)
+# Their hashes follow from the bundle's and the position, which tell them apart as well: an index in the order in which
+# rows come, where that of the hashes wrote a page for each token.
+TOKENS_BY_POSITION = Migration(
+    version=4,
+    description="tokens told apart by bundle and position",
+    statements=(
+        "ALTER TABLE token_level_embeddings RENAME TO earlier_token_level_embeddings",
+        """
+        CREATE TABLE token_level_embeddings (
+            id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+            token TEXT NOT NULL,
+            token_hash VARCHAR(64) NOT NULL,
+            position INTEGER NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            token_level_embedding_bundle_id INTEGER NOT NULL,
+            ip_address VARCHAR,
+            request_time DATETIME,
+            response_time DATETIME,
+            total_time FLOAT,
+            CONSTRAINT _token_level_embedding_bundle_position_uc UNIQUE (token_level_embedding_bundle_id, position),
+            FOREIGN KEY(token_level_embedding_bundle_id)
+                REFERENCES token_level_embedding_bundles (id) ON DELETE CASCADE
+        )
+        """,
+        """
+        INSERT INTO token_level_embeddings (
+            id, token, token_hash, position, model_name, recipe, token_level_embedding_bundle_id,
+            ip_address, request_time, response_time, total_time
+        )
+        SELECT
+            id, token, token_hash, position, model_name, recipe, token_level_embedding_bundle_id,
+            ip_address, request_time, response_time, total_time
+        FROM earlier_token_level_embeddings
+        """,
+        "DROP TABLE earlier_token_level_embeddings",
+    ),
+)
+
+MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA, COLLECTIONS_AND_FULL_TEXT, DOCUMENT_JOBS, TOKENS_BY_POSITION)
 
 
 def find_newest_version(migrations: Sequence[Migration] = MIGRATIONS) -> int:

@@ -281,7 +281,15 @@ FIND_TOKENS = (
 )
 
 INSERT_BUNDLE = insert_unless_present(bundles)
-INSERT_TOKENS = insert_unless_present(tokens)
+# As plain SQL, as a text has hundreds of them; see IMPORT_EMBEDDINGS.
+INSERT_TOKENS = """
+    INSERT INTO token_level_embeddings (
+        token, token_hash, position, model_name, recipe, token_level_embedding_bundle_id,
+        ip_address, request_time, response_time, total_time
+    )
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT DO NOTHING
+"""
 INSERT_FEATURE_VECTOR = insert_unless_present(feature_vectors)
 
 DELETE_BUNDLES_OF_TEXT = (

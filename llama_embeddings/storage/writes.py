@@ -144,7 +144,7 @@ def _import_batch(connection: Connection, batch: BulkEmbeddings) -> int:
     # In the order of the index of hashes, each of its pages is visited once and not once for each row.
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     vectors = np.ascontiguousarray(batch.vectors, dtype="<f4")
-    moment = _without_zone(batch.stamp.request_time).isoformat(" ", "microseconds")
+    moment = _as_text(_without_zone(batch.stamp.request_time))
     shared = (batch.model_name, batch.recipe, batch.stamp.ip_address, moment, moment, collection_id)
     rows = [(batch.texts[place], hashes[place], vectors[place].data, *shared) for place in order]
     n_new = connection.exec_driver_sql(statements.IMPORT_EMBEDDINGS, rows).rowcount
@@ -208,6 +208,11 @@ def _describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, A
 
 def _without_zone(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(tzinfo=None)
+
+
+def _as_text(moment: datetime) -> str:
+    """As SQLAlchemy writes it."""
+    return moment.isoformat(" ", "microseconds")
 
 
 # --- collections ---
@@ -297,7 +302,7 @@ def _insert_bundle(connection: Connection, bundle: NewTokenLevelBundle) -> int:
     if inserted.rowcount:
         connection.execute(statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
         if bundle.tokens:
-            connection.execute(statements.INSERT_TOKENS, _describe_tokens(bundle, bundle_id))
+            connection.exec_driver_sql(statements.INSERT_TOKENS, _describe_tokens(bundle, bundle_id))
     return bundle_id
 
 
@@ -314,20 +319,19 @@ def _describe_bundle(bundle: NewTokenLevelBundle) -> dict[str, Any]:
     }
 
 
-def _describe_tokens(bundle: NewTokenLevelBundle, bundle_id: int) -> list[dict[str, Any]]:
-    shared = {
-        "model_name": bundle.model_name,
-        "recipe": bundle.recipe,
-        "token_level_embedding_bundle_id": bundle_id,
-        **_describe_times(bundle.stamp, bundle.response_time),
-    }
+def _describe_tokens(bundle: NewTokenLevelBundle, bundle_id: int) -> list[tuple[Any, ...]]:
+    times = _describe_times(bundle.stamp, bundle.response_time)
+    shared = (
+        bundle.model_name,
+        bundle.recipe,
+        bundle_id,
+        times["ip_address"],
+        _as_text(times["request_time"]),
+        _as_text(times["response_time"]),
+        times["total_time"],
+    )
     return [
-        {
-            "token": token,
-            "token_hash": compute_token_hash(bundle.text_hash, position, token),
-            "position": position,
-            **shared,
-        }
+        (token, compute_token_hash(bundle.text_hash, position, token), position, *shared)
         for position, token in enumerate(bundle.tokens)
     ]
 

@@ -16,8 +16,8 @@ from llama_embeddings.vectors.compressed import CompressedRows, scan
 
 N_QUERIES = 160
 N_NEAREST = 10
-# Above the 0.97 that is promised, as the queries are a sample.
-WANTED_RECALL = 0.985
+# Above the 0.97 that is promised, as the queries are a sample: other queries found 0.981 of theirs, and 0.975 at 0.985.
+WANTED_RECALL = 0.99
 MAX_CANDIDATES = 2000
 MIN_CANDIDATES = 32
 # Where few rows are allowed: of one in twenty, 0.96 of the nearest were found without more, 0.99 with twice as many.
