@@ -207,10 +207,16 @@ async def start_services(settings: Settings, backend: Backend | None, stack: Asy
     store = await open_store(settings, stack)
     catalogue = await open_catalogue(settings, stack)
     models = await start_models(settings, backend, catalogue, stack)
-    indexing = await start_indexing(store, stack)
     known = KnownTexts()
-    await load_known_texts(store, known)
-    await asyncio.to_thread(similarity_measures.warm_up)
+    # Side by side: all three wait for the disk and for C code most of the time.
+    try:
+        async with asyncio.TaskGroup() as group:
+            starting = group.create_task(start_indexing(store, stack))
+            group.create_task(load_known_texts(store, known))
+            group.create_task(asyncio.to_thread(similarity_measures.warm_up))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    indexing = starting.result()
     return make_services(settings, store, models, indexing, known, stack)
 
 

@@ -16,8 +16,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pysbd
+from pysbd.lang.english import English
 
 from embeddings_data_models import Sentence
 from llama_embeddings.documents.extracted import ExtractedDocument
@@ -30,7 +33,36 @@ MAXIMUM_SENTENCE_CHARACTERS = 2_000
 _MAXIMUM_PARAGRAPH_CHARACTERS = 100_000
 _MAXIMUM_BLOCK_LINES = 5_000
 
+
+class _English(English):
+    """pySBD's English, which looks through a text for those abbreviations only that stand before a period in it.
+
+    All that it does about an abbreviation is to change the period behind it. Its own search takes "in" or "no" for one
+    wherever a word begins with it, and goes over the whole text for each: three quarters of all its time.
+    """
+
+    class AbbreviationReplacer(English.AbbreviationReplacer):
+        lang: Any
+
+        def search_for_abbreviations_in_string(self, text: str) -> str:
+            lowered = text.lower()
+            known = self.lang
+            self.lang = SimpleNamespace(
+                Abbreviation=SimpleNamespace(
+                    ABBREVIATIONS=[each for each in known.Abbreviation.ABBREVIATIONS if f"{each.strip()}." in lowered],
+                    PREPOSITIVE_ABBREVIATIONS=known.Abbreviation.PREPOSITIVE_ABBREVIATIONS,
+                    NUMBER_ABBREVIATIONS=known.Abbreviation.NUMBER_ABBREVIATIONS,
+                )
+            )
+            try:
+                changed: str = super().search_for_abbreviations_in_string(text)
+                return changed
+            finally:
+                self.lang = known
+
+
 _SEGMENTER = pysbd.Segmenter(language="en", clean=False)
+_SEGMENTER.language_module = _English
 
 
 def split_into_sentences(document: ExtractedDocument, *, minimum_length: int) -> list[Sentence]:
