@@ -168,14 +168,13 @@ async def get_token_level_embeddings_matrix_and_combined_feature_vector_for_stri
     send_back_json_or_zip_file: ReplyAs = "zip",
 ) -> Response:
     """One embedding per token, each in the context of the whole text, and the vector that sums them up."""
-    bundle = await services.token_embeddings.get_or_compute(
+    answer = await services.token_embeddings.get_or_compute(
         request.text, model_name=request.model_name, truncation=request.truncation, stamp=stamp
     )
     download = render_token_level_bundle(
-        request.text, bundle, json_format=json_format, as_zip=send_back_json_or_zip_file == "zip"
+        request.text, answer.bundle, json_format=json_format, as_zip=send_back_json_or_zip_file == "zip"
     )
-    headers = {"x-tokens-used": str(len(bundle.tokens)), "x-tokens-dropped": str(bundle.n_tokens_dropped)}
-    return render_download(download, headers)
+    return render_download(download, describe_answers([answer]))
 
 
 @router.get("/get_list_of_models_with_their_states/", tags=["Models"], responses=describe_statuses(401))

@@ -13,11 +13,11 @@ import numpy as np
 import orjson
 from fastapi.responses import Response
 
-from embeddings_data_models import StoredTokenLevelBundle
 from llama_embeddings.errors import InvalidInput
 from llama_embeddings.services.downloads import Download
 from llama_embeddings.services.embeddings import EmbeddingAnswer, Source
 from llama_embeddings.services.rerank import Ranking
+from llama_embeddings.services.token_embeddings import TokenAnswer
 
 # What scripts of web pages may read of a reply, where CORS lets them in.
 EXPOSED_HEADERS = (
@@ -42,15 +42,14 @@ def render_download(download: Download, headers: dict[str, str] | None = None) -
     return Response(download.content, media_type=download.media_type, headers={**download.headers, **(headers or {})})
 
 
-def describe_answers(answers: Sequence[EmbeddingAnswer]) -> dict[str, str]:
+def describe_answers(answers: Sequence[EmbeddingAnswer] | Sequence[TokenAnswer]) -> dict[str, str]:
     """Headers: tokens used and dropped, where the answers came from, time in the queue and in the engine."""
     n_used = n_dropped = n_computed = 0
     queue_seconds = compute_seconds = 0.0
     sources = set()
     for answer in answers:
-        embedding = answer.embedding
-        n_used += embedding.n_tokens
-        n_dropped += embedding.n_tokens_dropped
+        n_used += answer.n_tokens
+        n_dropped += answer.n_tokens_dropped
         n_computed += answer.source is Source.COMPUTED
         queue_seconds = max(queue_seconds, answer.queue_seconds)
         compute_seconds += answer.compute_seconds
@@ -62,14 +61,6 @@ def describe_answers(answers: Sequence[EmbeddingAnswer]) -> dict[str, str]:
         "x-embedding-source": ",".join(sorted(sources)),
         "x-queue-seconds": f"{queue_seconds:.6f}",
         "x-compute-seconds": f"{compute_seconds:.6f}",
-    }
-
-
-def describe_bundles(bundles: Sequence[StoredTokenLevelBundle]) -> dict[str, str]:
-    """Headers: tokens used and dropped."""
-    return {
-        "x-tokens-used": str(sum(len(bundle.tokens) for bundle in bundles)),
-        "x-tokens-dropped": str(sum(bundle.n_tokens_dropped for bundle in bundles)),
     }
 
 
@@ -86,7 +77,7 @@ def describe_ranking(ranking: Ranking) -> dict[str, str]:
 
 def count_tokens(answers: Sequence[EmbeddingAnswer]) -> int:
     """Tokens that the model read for these answers, now or when they were computed."""
-    return sum(answer.embedding.n_tokens for answer in answers)
+    return sum(answer.n_tokens for answer in answers)
 
 
 def shorten(vector: np.ndarray, n_dims: int | None, field: str = "dimensions") -> np.ndarray:

@@ -17,7 +17,7 @@ from llama_embeddings.api.dependencies import CurrentServices, stamp_connection
 from llama_embeddings.api.dialects import TEI
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.api.openai import TokenIds, split_inputs
-from llama_embeddings.api.replies import describe_answers, describe_bundles, describe_ranking, render_json, shorten
+from llama_embeddings.api.replies import describe_answers, describe_ranking, render_json, shorten
 from llama_embeddings.errors import InvalidInput
 from llama_embeddings.services.container import Services
 
@@ -194,9 +194,9 @@ async def _embed(body: TeiEmbedRequest, services: Services, stamp: RequestStamp)
         "field": "inputs",
     }
     if body.normalize is False:
-        bundles = await services.token_embeddings.get_or_compute_all(texts, **asked)
-        vectors = await services.token_embeddings.pool(bundles, None)
-        return render_json([vector[: body.dimensions] for vector in vectors], describe_bundles(bundles))
+        unpooled = await services.token_embeddings.get_or_compute_all(texts, **asked)
+        vectors = await services.token_embeddings.pool(unpooled, None)
+        return render_json([vector[: body.dimensions] for vector in vectors], describe_answers(unpooled))
     answers = await services.embeddings.get_or_compute(texts, **asked)
     return render_json([shorten(answer.vector, body.dimensions) for answer in answers], describe_answers(answers))
 
@@ -204,14 +204,14 @@ async def _embed(body: TeiEmbedRequest, services: Services, stamp: RequestStamp)
 @router.post("/embed_all", response_model=list[TeiVectors], responses=COMPUTING_ERRORS)
 async def embed_all(body: TeiTokensRequest, request: Request, services: CurrentServices) -> Response:
     """The vector of every token of each text, in its context, before pooling."""
-    bundles = await services.token_embeddings.get_or_compute_all(
+    answers = await services.token_embeddings.get_or_compute_all(
         await services.tokenization.read_inputs(split_inputs(body.inputs, field="inputs"), field="inputs"),
         truncation=body.truncation,
         input_type=body.input_type,
         stamp=stamp_connection(request),
         field="inputs",
     )
-    return render_json([bundle.matrix for bundle in bundles], describe_bundles(bundles))
+    return render_json([answer.matrix for answer in answers], describe_answers(answers))
 
 
 @router.post("/similarity", response_model=list[float], responses=COMPUTING_ERRORS)

@@ -66,6 +66,14 @@ class EmbeddingAnswer:
     def vector(self) -> np.ndarray:
         return self.embedding.vector
 
+    @property
+    def n_tokens(self) -> int:
+        return self.embedding.n_tokens
+
+    @property
+    def n_tokens_dropped(self) -> int:
+        return self.embedding.n_tokens_dropped
+
 
 @dataclass(frozen=True, slots=True)
 class _Task:

@@ -69,14 +69,14 @@ class LateInteractionService:
         return sorted(scored, key=lambda found: -found.maxsim)[: options.count]
 
     async def _get_query_tokens(self, scope: SearchScope, stamp: RequestStamp | None) -> StoredTokenLevelBundle:
-        [bundle] = await self._token_embeddings.get_or_compute_all(
+        [answer] = await self._token_embeddings.get_or_compute_all(
             [scope.query_text],
             model_name=scope.options.model_name,
             input_type=InputType.QUERY,
             truncation=Truncation.RIGHT,
             stamp=stamp,
         )
-        return bundle
+        return answer.bundle
 
     async def _find_by_tokens(
         self, scope: SearchScope, asked: StoredTokenLevelBundle, known: set[str]
@@ -99,14 +99,14 @@ class LateInteractionService:
         """The MaxSim of each hit with the query's tokens, in the order of the hits."""
         if not hits:
             return []
-        bundles = await self._token_embeddings.get_or_compute_all(
+        answers = await self._token_embeddings.get_or_compute_all(
             [hit.text for hit in hits],
             model_name=model_name,
             input_type=InputType.DOCUMENT,
             truncation=Truncation.RIGHT,
             stamp=stamp,
         )
-        return await asyncio.to_thread(_score_all, asked, hits, bundles)
+        return await asyncio.to_thread(_score_all, asked, hits, [answer.bundle for answer in answers])
 
 
 def _score_all(

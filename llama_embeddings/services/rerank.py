@@ -23,10 +23,10 @@ from embeddings_data_models import InputType, RequestStamp, Truncation
 from llama_embeddings.errors import InvalidInput, ServiceError
 from llama_embeddings.inference.backend import Pooling
 from llama_embeddings.inference.engine import PairScore
-from llama_embeddings.services.embeddings import EmbeddingService, Source
+from llama_embeddings.services.embeddings import EmbeddingAnswer, EmbeddingService, Source
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
-from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+from llama_embeddings.services.token_embeddings import TokenAnswer, TokenEmbeddingService
 
 
 class RerankMethod(StrEnum):
@@ -141,16 +141,8 @@ class RerankService:
             get([task.query], input_type=InputType.QUERY, field="query"),
             get(task.documents, input_type=InputType.DOCUMENT, field=task.field),
         )
-        answers = [asked, *found]
         cosines = np.stack([answer.vector for answer in found]) @ asked.vector
-        return Ranking(
-            _order(_scale_cosines(cosines), cosines),
-            n_tokens=sum(answer.embedding.n_tokens for answer in answers),
-            n_tokens_dropped=sum(answer.embedding.n_tokens_dropped for answer in answers),
-            n_cache_hits=sum(answer.source is not Source.COMPUTED for answer in answers),
-            queue_seconds=max(answer.queue_seconds for answer in answers),
-            compute_seconds=sum(answer.compute_seconds for answer in answers),
-        )
+        return _rank(cosines, [asked, *found])
 
     async def _compare_tokens(self, task: _Task) -> Ranking:
         get = partial(
@@ -163,13 +155,20 @@ class RerankService:
             get([task.query], input_type=InputType.QUERY, field="query"),
             get(task.documents, input_type=InputType.DOCUMENT, field=task.field),
         )
-        matrices = [bundle.matrix for bundle in found]
-        scores = await asyncio.to_thread(_compute_maxsim, asked.matrix, matrices)
-        return Ranking(
-            _order(_scale_cosines(scores), scores),
-            n_tokens=len(asked.matrix) + sum(map(len, matrices)),
-            n_tokens_dropped=asked.n_tokens_dropped + sum(bundle.n_tokens_dropped for bundle in found),
-        )
+        scores = await asyncio.to_thread(_compute_maxsim, asked.matrix, [answer.matrix for answer in found])
+        return _rank(scores, [asked, *found])
+
+
+def _rank(cosines: np.ndarray, answers: Sequence[EmbeddingAnswer] | Sequence[TokenAnswer]) -> Ranking:
+    """The documents by scores within [-1, 1], and what all answers took."""
+    return Ranking(
+        _order(_scale_cosines(cosines), cosines),
+        n_tokens=sum(answer.n_tokens for answer in answers),
+        n_tokens_dropped=sum(answer.n_tokens_dropped for answer in answers),
+        n_cache_hits=sum(answer.source is not Source.COMPUTED for answer in answers),
+        queue_seconds=max(answer.queue_seconds for answer in answers),
+        compute_seconds=sum(answer.compute_seconds for answer in answers),
+    )
 
 
 def _compute_maxsim(query: np.ndarray, documents: Sequence[np.ndarray]) -> np.ndarray:

@@ -20,7 +20,7 @@ from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.similarity_scales import SimilarityScales, Standing
 from llama_embeddings.services.texts import place_of
-from llama_embeddings.services.token_embeddings import TokenEmbeddingService
+from llama_embeddings.services.token_embeddings import TokenAnswer, TokenEmbeddingService
 from similarity_measures import Measure, MeasureKind
 
 ALL_MEASURES = "all"
@@ -200,17 +200,17 @@ class SimilarityService:
         stamp: RequestStamp | None,
     ) -> list[StoredTokenLevelBundle]:
         """Token embeddings in the order of the texts; errors name the first text at fault."""
-        bundles = await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(self._token_embeddings.get_or_compute(text, model_name=model_name, stamp=stamp) for text in texts),
             return_exceptions=True,
         )
-        for index, outcome in enumerate(bundles):
+        for index, outcome in enumerate(outcomes):
             if isinstance(outcome, InvalidInput):
                 name, place = place_of(field, index, len(texts))
                 raise outcome.located(field=name, index=place)
             if isinstance(outcome, BaseException):
                 raise outcome
-        return [bundle for bundle in bundles if isinstance(bundle, StoredTokenLevelBundle)]
+        return [outcome.bundle for outcome in outcomes if isinstance(outcome, TokenAnswer)]
 
     def _check_cells(self, n_rows: int, n_columns: int, field: str) -> None:
         if n_rows * n_columns > self._max_cells:

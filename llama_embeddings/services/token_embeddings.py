@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from embeddings_data_models import (
 from llama_embeddings.errors import ServiceError
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
 from llama_embeddings.inference.pooling import pool_rows
+from llama_embeddings.observability import TimedStore, note_engine
+from llama_embeddings.services.embeddings import Source
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
@@ -34,7 +37,31 @@ from llama_embeddings.storage.store import EmbeddingStore
 TOKEN_LEVEL = "tokens"  # noqa: S105 - not a password
 
 _Key = tuple[str, str, str, Truncation]
-_Outcome = StoredTokenLevelBundle | ServiceError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """One text's token embeddings and how they came about; see StoredTokenLevelBundle."""
+
+    bundle: StoredTokenLevelBundle
+    source: Source
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return self.bundle.matrix
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.bundle.tokens)
+
+    @property
+    def n_tokens_dropped(self) -> int:
+        return self.bundle.n_tokens_dropped
+
+
+_Outcome = TokenAnswer | ServiceError
 
 
 class TokenEmbeddingService:
@@ -63,10 +90,10 @@ class TokenEmbeddingService:
         model_name: str | None = None,
         truncation: Truncation | None = None,
         stamp: RequestStamp | None = None,
-    ) -> StoredTokenLevelBundle:
+    ) -> TokenAnswer:
         """The token embeddings of a text. Raises what EmbeddingService.get_or_compute raises for one text."""
-        [bundle] = await self.get_or_compute_all([text], model_name=model_name, truncation=truncation, stamp=stamp)
-        return bundle
+        [answer] = await self.get_or_compute_all([text], model_name=model_name, truncation=truncation, stamp=stamp)
+        return answer
 
     async def get_or_compute_all(
         self,
@@ -77,7 +104,7 @@ class TokenEmbeddingService:
         input_type: InputType | None = None,
         stamp: RequestStamp | None = None,
         field: str = "text",
-    ) -> list[StoredTokenLevelBundle]:
+    ) -> list[TokenAnswer]:
         """The token embeddings of all texts, in order; what is not stored is computed together.
 
         Raises the first text's error with its index, after the others have been computed and kept.
@@ -94,14 +121,14 @@ class TokenEmbeddingService:
             return await self._find_or_compute(mine, recipe, stamp or RequestStamp(), flight)
 
         outcomes = await self._flights.run(list(wanted), fly)
-        bundles = []
+        answers = []
         for index, key in enumerate(keys):
             outcome = outcomes[key]
             if isinstance(outcome, ServiceError):
                 place_name, place = place_of(field, index, len(texts))
                 raise outcome.located(field=place_name, index=place)
-            bundles.append(outcome)
-        return bundles
+            answers.append(outcome)
+        return answers
 
     async def find_family(self, model_name: str | None, input_type: InputType | None = None) -> str:
         """What the recipes of comparable token embeddings have in common."""
@@ -116,7 +143,7 @@ class TokenEmbeddingService:
     ) -> dict[_Key, _Outcome]:
         outcomes: dict[_Key, _Outcome] = {}
         for key in texts:
-            found = await self._store.find_token_level_bundle(*key[:3])
+            found = await self._find(key, key[2])
             if found is not None:
                 outcomes[key] = found
         missing = {key: text for key, text in texts.items() if key not in outcomes}
@@ -124,6 +151,11 @@ class TokenEmbeddingService:
             async with self._models.lease(next(iter(missing))[1], recipe) as engine:
                 outcomes |= await self._compute(engine, missing, recipe, stamp, flight)
         return outcomes
+
+    async def _find(self, key: _Key, family: str) -> TokenAnswer | None:
+        with TimedStore():
+            bundle = await self._store.find_token_level_bundle(key[0], key[1], family)
+        return TokenAnswer(bundle, Source.STORE) if bundle is not None else None
 
     async def _compute(
         self,
@@ -142,9 +174,7 @@ class TokenEmbeddingService:
             if isinstance(prepared, ServiceError):
                 outcomes[key] = prepared
                 continue
-            found = None
-            if not prepared.is_whole:
-                found = await self._store.find_token_level_bundle(key[0], key[1], cut_family)
+            found = None if prepared.is_whole else await self._find(key, cut_family)
             if found is None:
                 ready[key] = prepared
             else:
@@ -164,17 +194,19 @@ class TokenEmbeddingService:
         if isinstance(result, ServiceError):
             return result
         bundle = _make_bundle(text, key[0], key[1], family, result, stamp)
-        row_id = await self._store.add_token_level_bundle(bundle)
+        with TimedStore():
+            row_id = await self._store.add_token_level_bundle(bundle)
         stored = StoredTokenLevelBundle(
             row_id, key[0], bundle.tokens, bundle.matrix, bundle.feature_vector, bundle.n_tokens_dropped
         )
         self._index.add(key[1], family, stored)
-        return stored
+        note_engine(queue_seconds=result.queue_seconds, compute_seconds=result.compute_seconds)
+        return TokenAnswer(stored, Source.COMPUTED, result.queue_seconds, result.compute_seconds)
 
-    async def pool(self, bundles: Sequence[StoredTokenLevelBundle], model_name: str | None) -> list[np.ndarray]:
-        """One vector per bundle as the model pools, float32 (n_dims,), not scaled to unit length."""
+    async def pool(self, answers: Sequence[TokenAnswer], model_name: str | None) -> list[np.ndarray]:
+        """One vector per answer as the model pools, float32 (n_dims,), not scaled to unit length."""
         pooling = (await self._models.info(model_name)).pooling
-        return [pool_rows(bundle.matrix, [len(bundle.matrix)], pooling)[0] for bundle in bundles]
+        return [pool_rows(answer.matrix, [len(answer.matrix)], pooling)[0] for answer in answers]
 
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""

@@ -106,6 +106,23 @@ async def test_every_dialect_answers_with_the_same_stored_vector(running: Runnin
         assert {"x-queue-seconds", "x-compute-seconds", "x-request-id"} <= set(response.headers)
 
 
+async def test_replies_by_tokens_say_what_they_took(tmp_path: Path) -> None:
+    """As those of texts do: every token's vectors, vectors before scaling, and reranking by them."""
+    requests: list[tuple[str, Any, str]] = [
+        ("/embed_all", {"inputs": TEXT}, "0"),
+        ("/embed", {"inputs": TEXT, "normalize": False}, "1"),
+        ("/v1/rerank", {"query": TEXT, "documents": [TEXT, "snow"], "model": FAKE_MODEL_NAME}, "2"),
+    ]
+    async with run_application(tmp_path, rerank_method="maxsim") as running:
+        for path, body, n_hits in requests:
+            response = await running.client.post(path, json=body)
+            assert response.status_code == 200, response.text
+            assert response.headers["x-cache-hits"] == n_hits, path
+            assert int(response.headers["x-tokens-used"]) >= len(TEXT.encode()) + 2
+            assert (float(response.headers["x-compute-seconds"]) > 0) == (path != "/embed"), path
+            assert "x-queue-seconds" in response.headers
+
+
 async def test_text_without_a_word_is_a_400_in_every_dialect(running: RunningApplication) -> None:
     """Never a 5xx, which clients would retry."""
     for path, make_body, _ in EMBEDDING_ROUTES.values():

@@ -386,6 +386,9 @@ async def test_token_level_reply_is_a_zip_of_one_json_file_by_default(running: R
     assert json.loads(read_single_file(as_zip)) == as_json.json()
     assert as_zip.headers["content-disposition"].startswith("attachment; filename=")
     assert as_zip.headers["x-tokens-used"] == "8"
+    for response, source, n_hits in ((as_json, "computed", "0"), (as_zip, "store", "1")):
+        assert (response.headers["x-embedding-source"], response.headers["x-cache-hits"]) == (source, n_hits)
+        assert (float(response.headers["x-compute-seconds"]) > 0) == (source == "computed")
 
 
 async def test_token_level_embeddings_are_kept_and_found_again(tmp_path: Path) -> None:

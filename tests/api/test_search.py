@@ -264,7 +264,7 @@ async def test_tokens_are_found_after_a_restart(tmp_path: Path) -> None:
         await running.app.state.services.token_embeddings.get_or_compute_all(["a bowl of soup", "snow"])
     async with run_application(tmp_path) as running:
         services = running.app.state.services
-        bundle = await services.token_embeddings.get_or_compute("a bowl of soup")
+        bundle = (await services.token_embeddings.get_or_compute("a bowl of soup")).bundle
         family = await services.token_embeddings.find_family(None)
         index = services.late_interaction._token_index
         [nearest, _] = await index.find_texts("fake-model", family, scale_rows(bundle.matrix), n_texts=2)

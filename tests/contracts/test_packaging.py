@@ -124,13 +124,13 @@ def test_run_installs_and_then_becomes_the_server() -> None:
 
 
 def test_test_runs_every_check_and_every_test() -> None:
-    """`make test` lints, type-checks and runs pytest on everything; .ci/run does nothing cleverer."""
+    """`make test` lints, type-checks and runs pytest on everything; .ci/run adds the clients and nothing cleverer."""
     steps = run("make", "--dry-run", "--always-make", "test").stdout
     for step in ("-m ruff check .", "-m ruff format --check .", "-m mypy\n", "-m pytest"):
         assert f".venv/bin/python {step}" in steps
     ci_run = PROJECT_DIRECTORY / ".ci" / "run"
     assert os.access(ci_run, os.X_OK)
-    assert ci_run.read_text().strip().endswith("exec make test")
+    assert ci_run.read_text().strip().endswith("make test && exec make test-clients")
 
 
 def make_bare_project(tmp_path: Path, *programs: str) -> tuple[Path, str]:
