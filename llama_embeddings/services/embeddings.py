@@ -10,6 +10,7 @@ anybody gets the answer. A query is in no collection, and no search finds it unt
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -33,7 +34,7 @@ from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, Pre
 from llama_embeddings.observability import TimedStore, note_engine
 from llama_embeddings.services.forgotten_rows import ForgottenRows
 from llama_embeddings.services.indexing import IndexService
-from llama_embeddings.services.known_texts import KnownTexts
+from llama_embeddings.services.known_texts import N_DIGITS, KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
@@ -376,9 +377,7 @@ def _describe_unkept(row: NewEmbedding) -> StoredEmbedding:
     )
 
 
-async def load_known_texts(store: EmbeddingStore, known: KnownTexts, *, rows_per_read: int = 50_000) -> None:
+async def load_known_texts(store: EmbeddingStore, known: KnownTexts) -> None:
     """Fill the filter from the stored rows."""
-    last = ""
-    while hashes := await store.read_text_hashes(after_text_hash=last, limit=rows_per_read):
-        known.add_many(hashes)
-        last = hashes[-1]
+    async for digits in store.read_hash_beginnings(N_DIGITS):
+        await asyncio.to_thread(known.add_beginnings, digits)

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Each row comes as an object of its own before it is copied: what many of them leave behind stays in the heap.
 ROWS_PER_READ = 1_024
-IDS_PER_READ = 50_000
 N_WITNESSES = 96
 N_NEWEST_WITNESSES = 32
 # Between two steps of a merge, so that searches that waited come first.
@@ -94,19 +93,12 @@ class TextVectors:
         return sorted({(group.model_name, recipe_family(group.recipe)) for group in groups})
 
     async def read_row_ids(self, model_name: str, family: str) -> np.ndarray:
-        parts = [NO_IDS]
-        for group in await self._store.embedding_groups():
-            if (group.model_name, recipe_family(group.recipe)) == (model_name, family):
-                parts += [part async for part in self._read_group(model_name, group.recipe)]
-        return np.sort(np.concatenate(parts))
-
-    async def _read_group(self, model_name: str, recipe: str) -> AsyncIterator[np.ndarray]:
-        after_row_id = 0
-        while len(
-            row_ids := await self._store.read_row_ids(model_name, recipe, after_row_id=after_row_id, limit=IDS_PER_READ)
-        ):
-            yield row_ids
-            after_row_id = int(row_ids[-1])
+        parts = [
+            await self._store.read_row_ids(model_name, group.recipe)
+            for group in await self._store.embedding_groups()
+            if (group.model_name, recipe_family(group.recipe)) == (model_name, family)
+        ]
+        return np.sort(np.concatenate([NO_IDS, *parts]))
 
 
 class IndexService:

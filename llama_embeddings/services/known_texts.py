@@ -9,7 +9,7 @@ same price. Used on the event loop only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -17,7 +17,7 @@ N_BITS_LOG2 = 25  # 4 MB
 N_PROBES = 4
 _MASK = (1 << N_BITS_LOG2) - 1
 # Enough hexadecimal digits for all probes.
-_N_DIGITS = (N_PROBES * N_BITS_LOG2 + 3) // 4
+N_DIGITS = (N_PROBES * N_BITS_LOG2 + 3) // 4
 
 
 class KnownTexts:
@@ -30,17 +30,20 @@ class KnownTexts:
         """Remember hashes, as hexadecimal digits."""
         bits = self._bits
         for text_hash in text_hashes:
-            rest = int(text_hash[:_N_DIGITS], 16)
+            rest = int(text_hash[:N_DIGITS], 16)
             for _ in range(N_PROBES):
                 position = rest & _MASK
                 bits[position >> 3] |= 1 << (position & 7)
                 rest >>= N_BITS_LOG2
 
-    def add_many(self, text_hashes: Sequence[str]) -> None:
-        """The same as `add`, ten times as fast for thousands."""
-        # A zero in front makes whole bytes of the odd number of digits.
-        digits = "".join(["0" + text_hash[:_N_DIGITS] for text_hash in text_hashes])
-        numbers = np.frombuffer(bytes.fromhex(digits), np.uint8).reshape(-1, (_N_DIGITS + 1) // 2)
+    def add_beginnings(self, digits: str) -> None:
+        """The same for thousands: the first N_DIGITS of each hash, put together. Ten times as fast."""
+        # Two digits are a byte, and those of a hash are an odd number: a zero in front of each makes whole bytes.
+        padded = np.zeros((len(digits) // N_DIGITS, N_DIGITS + 1), np.uint8)
+        padded[:, 0] = ord("0")
+        padded[:, 1:] = np.frombuffer(digits.encode("ascii"), np.uint8).reshape(-1, N_DIGITS)
+        numbers = np.frombuffer(bytes.fromhex(padded.tobytes().decode("ascii")), np.uint8)
+        numbers = numbers.reshape(-1, (N_DIGITS + 1) // 2)
         # The lowest 64 of the 104 bits, and the highest, which begin at bit 40.
         low = np.ascontiguousarray(numbers[:, -8:]).view(">u8").ravel()
         high = np.ascontiguousarray(numbers[:, :8]).view(">u8").ravel()
@@ -52,7 +55,7 @@ class KnownTexts:
     def may_hold(self, text_hash: str) -> bool:
         """False only for a hash that was never added."""
         bits = self._bits
-        rest = int(text_hash[:_N_DIGITS], 16)
+        rest = int(text_hash[:N_DIGITS], 16)
         for _ in range(N_PROBES):
             position = rest & _MASK
             if not bits[position >> 3] >> (position & 7) & 1:

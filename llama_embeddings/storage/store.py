@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -279,11 +279,25 @@ class EmbeddingStore:
         parameters = {"model_name": model_name, "recipe": recipe, "after_row_id": after_row_id, "limit": limit}
         return _split_rows(await self._fetch(statements.READ_VECTORS, parameters))
 
-    async def read_row_ids(self, model_name: str, recipe: str, *, after_row_id: int, limit: int) -> np.ndarray:
-        """The next `limit` ids of a group's rows that a search may find: int64 (n,), ascending."""
-        parameters = {"model_name": model_name, "recipe": recipe, "after_row_id": after_row_id, "limit": limit}
-        rows = await self._fetch(statements.READ_ROW_IDS, parameters)
-        return np.fromiter((row_id for (row_id,) in rows), dtype=np.int64, count=len(rows))
+    async def read_row_ids(self, model_name: str, recipe: str, *, rows_per_read: int = 50_000) -> np.ndarray:
+        """Ids of all rows of a group that a search may find: int64 (n,), ascending."""
+        group = {"model_name": model_name, "recipe": recipe}
+        parts = [np.empty(0, np.int64)]
+        after_row_id = 0
+        while True:
+            page = await self._fetch_ids(
+                statements.READ_ROW_IDS, group | {"after_row_id": after_row_id, "limit": rows_per_read}
+            )
+            if len(page) == 0:
+                return np.concatenate(parts)
+            ends = {"first": int(page[0]), "last": int(page[-1])}
+            hidden = await self._fetch_ids(statements.READ_UNSEARCHABLE_ROW_IDS, group | ends)
+            parts.append(page[~np.isin(page, hidden)])
+            after_row_id = ends["last"]
+
+    async def _fetch_ids(self, statement: Executable, parameters: dict[str, Any]) -> np.ndarray:
+        [(row_ids,)] = await self._fetch(statement, parameters)
+        return np.fromstring(row_ids, dtype=np.int64, sep=",")
 
     async def read_vectors_of_rows(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 (m,), in any order, and vectors float32 (m, n_dims) of rows of one group; rows gone are absent.
@@ -308,13 +322,18 @@ class EmbeddingStore:
                 rows.extend(await self._fetch(statements.READ_VECTORS_OF_ROWS, {"row_ids": part}))
         return _split_rows(rows)
 
-    async def read_text_hashes(self, *, after_text_hash: str, limit: int) -> list[str]:
-        """The next `limit` rows' text hashes, of all models, in ascending order; empty at the end.
+    async def read_hash_beginnings(self, n_digits: int, *, rows_per_read: int = 50_000) -> AsyncIterator[str]:
+        """The first digits of all rows' text hashes, of all models, in ascending order: many at a time, put together.
 
-        A hash whose rows fall on both sides of the limit is given with the first of them only.
+        A text that has several rows may be there several times.
         """
-        parameters = {"after_text_hash": after_text_hash, "limit": limit}
-        return [text_hash for (text_hash,) in await self._fetch(statements.READ_TEXT_HASHES, parameters)]
+        after = ""
+        while True:
+            parameters = {"n_digits": n_digits, "after_text_hash": after, "limit": rows_per_read}
+            [(after, digits)] = await self._fetch(statements.READ_HASH_BEGINNINGS, parameters)
+            if not digits:
+                return
+            yield digits
 
     # --- token-level bundles ---
 
