@@ -29,7 +29,8 @@ import psutil
 
 from benchmarks.engine import MODEL, PROJECT_DIRECTORY, find_free_port, running
 from benchmarks.texts import make_texts
-from embeddings_data_models import NewEmbedding, RequestStamp, compute_text_hash, utc_now
+from embeddings_data_models import BulkEmbeddings
+from llama_embeddings.commands.import_embeddings import ROWS_PER_PART, WRITER_CACHE_IN_MB
 from llama_embeddings.storage.store import EmbeddingStore
 
 N_DIMS = 384
@@ -39,13 +40,12 @@ N_TOPICS = 2_000
 N_AREAS = 60
 SPECTRUM_FALL = 1.3
 OWN_SHARE = 0.65  # of a text's direction that is not its topic's
-ROWS_PER_BATCH = 20_000
 SEARCH_PATH = "/search_stored_embeddings_with_query_string_for_semantic_similarity/"
 EMBED_PATH = "/get_embedding_vector_for_string/"
 
 
 def make_vectors(n_rows: int, kind: str, *, seed: int = 0) -> Iterator[np.ndarray]:
-    """Unit vectors in batches of ROWS_PER_BATCH, float32 (n, N_DIMS); the same for the same seed."""
+    """Unit vectors in batches of ROWS_PER_PART, float32 (n, N_DIMS); the same for the same seed."""
     generator = np.random.default_rng(seed)
     spectrum = ((np.arange(N_DIMS) + 10.0) ** (-SPECTRUM_FALL / 2)).astype(np.float32)
     spectrum /= np.linalg.norm(spectrum)
@@ -54,8 +54,8 @@ def make_vectors(n_rows: int, kind: str, *, seed: int = 0) -> Iterator[np.ndarra
     topics = generator.standard_normal((N_TOPICS, N_DIMS), dtype=np.float32) * spectrum
     topics = 0.6 * areas[generator.integers(0, N_AREAS, N_TOPICS)] + 0.8 * topics
     popularity = np.arange(1, N_TOPICS + 1) ** -0.7
-    for start in range(0, n_rows, ROWS_PER_BATCH):
-        own = generator.standard_normal((min(ROWS_PER_BATCH, n_rows - start), N_DIMS), dtype=np.float32)
+    for start in range(0, n_rows, ROWS_PER_PART):
+        own = generator.standard_normal((min(ROWS_PER_PART, n_rows - start), N_DIMS), dtype=np.float32)
         if kind == "clusters":
             chosen = generator.choice(N_TOPICS, len(own), p=popularity / popularity.sum())
             own = (topics[chosen] * np.float32((1 - OWN_SHARE**2) ** 0.5) + OWN_SHARE * own * spectrum) @ basis
@@ -80,15 +80,19 @@ class Corpus:
 async def fill(directory: Path, n_rows: int, kind: str) -> Corpus:
     """Put rows into a new database, and find the nearest of the first N_QUERIES by brute force in passing."""
     recipe = find_recipe()
-    store = await EmbeddingStore.open(f"sqlite+aiosqlite:///{directory}/embeddings.sqlite")
+    store = await EmbeddingStore.open(
+        f"sqlite+aiosqlite:///{directory}/embeddings.sqlite",
+        writer_cache_in_mb=WRITER_CACHE_IN_MB,
+        follows_full_text=False,
+    )
     queries = next(make_vectors(n_rows, kind))[:N_QUERIES]
     best_scores = np.full((N_QUERIES, N_NEAREST), -2, np.float32)
     best_rows = np.zeros((N_QUERIES, N_NEAREST), np.int64)
     n_done, seconds = 0, 0.0
     for vectors in make_vectors(n_rows, kind):
-        rows = [make_row(n_done + place, vector, recipe) for place, vector in enumerate(vectors)]
+        texts = [name_row(number) for number in range(n_done, n_done + len(vectors))]
         started = time.perf_counter()
-        await asyncio.gather(*(store.add_embeddings(rows[start : start + 1000]) for start in range(0, len(rows), 1000)))
+        await store.import_embeddings(BulkEmbeddings(texts, vectors, MODEL.stem, recipe))
         seconds += time.perf_counter() - started
         scores = queries @ vectors.T
         if n_done == 0:
@@ -99,14 +103,10 @@ async def fill(directory: Path, n_rows: int, kind: str) -> Corpus:
         best = np.argpartition(-scores, N_NEAREST, axis=1)[:, :N_NEAREST]
         best_scores, best_rows = (np.take_along_axis(array, best, axis=1) for array in (scores, numbers))
         n_done += len(vectors)
+    await store.index_full_text()
     await store.close()
     truth = [[name_row(number) for number in row] for row in best_rows.tolist()]
     return Corpus(directory, n_rows, n_rows / seconds, truth)
-
-
-def make_row(number: int, vector: np.ndarray, recipe: str) -> NewEmbedding:
-    text = name_row(number)
-    return NewEmbedding(text, compute_text_hash(text), MODEL.stem, recipe, vector, 4, 0, RequestStamp(), utc_now())
 
 
 def find_recipe() -> str:
