@@ -6,8 +6,12 @@ error. Time is bounded by the parent, which ends the process.
 
 from __future__ import annotations
 
+import os
 import resource
+import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -27,6 +31,7 @@ def main(descriptor: int, memory_limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.setrecursionlimit(10_000)
+    threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
     with Connection(descriptor) as connection:
         while True:
             try:
@@ -34,6 +39,16 @@ def main(descriptor: int, memory_limit_bytes: int) -> None:
                 _answer(connection, connection.recv_bytes(), filename, minimum_length, limits, ocr)
             except (EOFError, OSError):
                 return
+
+
+def _end_with_parent(descriptor: int) -> None:
+    """End at once, with whatever was started, when the other end is closed: a killed server cannot ask for it."""
+    hanging_up = select.poll()
+    hanging_up.register(descriptor, 0)
+    hanging_up.poll()
+    # The group is of this process alone: it was started in a session of its own.
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _answer(

@@ -153,6 +153,31 @@ async def test_tesseract_ends_with_the_reading_process(tmp_path: Path) -> None:
     reader.close()
 
 
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from llama_embeddings.documents.extracted import OcrOptions
+from llama_embeddings.documents.reader import DocumentReader
+directory = Path(sys.argv[1])
+reader = DocumentReader(minimum_length=1, ocr=OcrOptions(str(directory / "tesseract"), time_limit_seconds=60))
+asyncio.run(reader.read((directory / "page.png").read_bytes()))
+"""
+
+
+async def test_reading_process_and_tesseract_end_with_a_killed_server(tmp_path: Path) -> None:
+    """It cannot ask them to; they would go on for as long as a document may take."""
+    os.mkfifo(tmp_path / "began")
+    write_stand_in(tmp_path, f"echo $PPID $$ > {tmp_path}/began; exec sleep 600")
+    (tmp_path / "page.png").write_bytes(save_images(draw_page(FIRST), "PNG"))
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=PROJECT_DIRECTORY) as parent:
+        pids = [int(pid) for pid in (await asyncio.to_thread((tmp_path / "began").read_text)).split()]
+        assert all(map(_runs, pids))
+        parent.kill()
+    async with asyncio.timeout(10):
+        while any(map(_runs, pids)):
+            await asyncio.sleep(0.01)
+
+
 def _runs(pid: int) -> bool:
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
