@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from embeddings_data_models import EmbeddingRequest, SemanticSearchRequest
-from llama_embeddings.api import native, openai, search
+from embeddings_data_models import EmbeddingRequest
+from llama_embeddings.api import native, openai
 from llama_embeddings.api.dependencies import stamp_connection
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -83,20 +83,9 @@ async def _answer_openai(body: openai.OpenAIEmbeddingRequest, request: Request) 
     return await openai.create_embeddings(body, request, request.app.state.services)
 
 
-async def _answer_search(body: SemanticSearchRequest, request: Request) -> Response:
-    return await search.search_stored_embeddings_with_query_string_for_semantic_similarity(
-        body, request.app.state.services, stamp_connection(request)
-    )
-
-
 def add_hot_routes(app: FastAPI) -> None:
     """Put them in front of all other routes."""
     app.router.routes[:0] = [
         HotRoute("/get_embedding_vector_for_string/", EmbeddingRequest, _answer_native),
         HotRoute("/v1/embeddings", openai.OpenAIEmbeddingRequest, _answer_openai),
-        HotRoute(
-            "/search_stored_embeddings_with_query_string_for_semantic_similarity/",
-            SemanticSearchRequest,
-            _answer_search,
-        ),
     ]

@@ -13,7 +13,6 @@ from tests.serving import RunningApplication, run_application
 
 NATIVE = "/get_embedding_vector_for_string/"
 OPENAI = "/v1/embeddings"
-SEARCH = "/search_stored_embeddings_with_query_string_for_semantic_similarity/"
 JSON = "application/json"
 # Not the plain type, so that FastAPI has it.
 LONG_WAY = "application/json; charset=utf-8"
@@ -50,19 +49,12 @@ async def ask(running: RunningApplication, path: str, content: bytes | str, cont
         (OPENAI, '{"input": "hello", "dimensions": 0}'),
         (OPENAI, '{"input": "hello", "model": "no such"}'),
         (OPENAI, "{"),
-        (SEARCH, '{"query_text": "hello"}'),
-        (SEARCH, '{"query_text": "hello", "exact": true, "number_of_most_similar_strings_to_return": 3}'),
-        (SEARCH, '{"query_text": "hello", "late_interaction": true, "with_matched_tokens": true}'),
-        (SEARCH, '{"query_text": "hello", "number_of_most_similar_strings_to_return": 0}'),
-        (SEARCH, '{"query_text": "hello", "model_name": "no such"}'),
-        (SEARCH, '{"text": "hello"}'),
     ],
 )
 async def test_short_way_answers_as_the_long_way_does(
     running: RunningApplication, path: str, content: bytes | str
 ) -> None:
     """Status, body and headers are the same, for good requests and bad ones; only where an answer came from differs."""
-    await ask(running, NATIVE, '{"text": "hello there"}', JSON)
     await ask(running, path, content, LONG_WAY)
     short, long = [await ask(running, path, content, kind) for kind in (JSON, LONG_WAY)]
     assert short.status_code == long.status_code
