@@ -39,7 +39,7 @@ help:
 	@echo 'make run          make the environment, install what is needed, serve in the foreground'
 	@echo 'make test         every check and every test'
 	@echo 'make test-clients try many client libraries against a live server, in an environment of their own (needs npm)'
-	@echo 'make bench        measure this machine'
+	@echo 'make bench        measure this machine (CRANFIELD=DIRECTORY of that collection also measures retrieval)'
 	@echo 'make soak         half an hour of mixed load: nothing may fail, grow or slow down'
 	@echo 'make fuzz         ten minutes of requests that nobody means, then readers on any input'
 	@echo 'make docs         remake the tables of README.md, .env and docs/openapi.json from the code'
@@ -66,7 +66,9 @@ test: $(INSTALLED_FOR_TESTS) browser tesseract
 
 bench: $(INSTALLED_FOR_TESTS) $(PEER_INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.engine
+	$(VENV_PYTHON) -m benchmarks.store cached request
 	$(VENV_PYTHON) -m benchmarks.search
+	$(if $(CRANFIELD),$(VENV_PYTHON) -m benchmarks.cranfield $(CRANFIELD))
 
 SOAK_OPTIONS :=
 soak: $(INSTALLED_FOR_TESTS)
