@@ -43,7 +43,7 @@ from embeddings_data_models import (
     TokenLevelEmbeddingBundle,
     TokenLevelEmbeddingBundleCombinedFeatureVector,
 )
-from llama_embeddings.storage.engine import insert_or_overwrite, insert_unless_present
+from llama_embeddings.storage.engine import insert_or_overwrite, insert_unless_present, make_plain_insert
 
 collections = cast(Table, Collection.__table__)
 embeddings = cast(Table, TextEmbedding.__table__)
@@ -67,6 +67,9 @@ def _as_bytes(column: ColumnElement[object]) -> ColumnElement[bytes]:
 def _is_any_of(column: ColumnElement[object], parameter: str) -> ColumnElement[bool]:
     return column.in_(bindparam(parameter, expanding=True))
 
+
+# Of a row that a request made; see `writes._describe_request`.
+_REQUEST_COLUMNS = ("ip_address", "request_time", "response_time", "total_time")
 
 _IS_WANTED_RECIPE = (embeddings.c.model_name == bindparam("model_name"), embeddings.c.recipe == bindparam("recipe"))
 
@@ -123,36 +126,18 @@ FIND_EMBEDDING_IDS = select(embeddings.c.text_hash, embeddings.c.id, embeddings.
     _is_any_of(embeddings.c.text_hash, "text_hashes"), *_IS_WANTED_RECIPE
 )
 
-INSERT_EMBEDDINGS = (
-    insert_unless_present(embeddings)
-    .values(
-        {
-            "text": bindparam("text"),
-            "text_hash": bindparam("text_hash"),
-            "model_name": bindparam("model_name"),
-            "recipe": bindparam("recipe"),
-            "embedding": bindparam("embedding", type_=LargeBinary),
-            "n_tokens": bindparam("n_tokens"),
-            "n_tokens_dropped": bindparam("n_tokens_dropped"),
-            "ip_address": bindparam("ip_address"),
-            "request_time": bindparam("request_time"),
-            "response_time": bindparam("response_time"),
-            "total_time": bindparam("total_time"),
-            "collection_id": bindparam("collection_id"),
-        }
-    )
-    .returning(embeddings.c.id, embeddings.c.text_hash, embeddings.c.model_name, embeddings.c.recipe)
+INSERT_EMBEDDING = make_plain_insert(
+    embeddings,
+    "text",
+    "text_hash",
+    "model_name",
+    "recipe",
+    "embedding",
+    "n_tokens",
+    "n_tokens_dropped",
+    "collection_id",
+    *_REQUEST_COLUMNS,
 )
-
-# As plain SQL with positions: the compiled statement's handling of parameters would take as long as SQLite does.
-IMPORT_EMBEDDINGS = """
-    INSERT INTO embeddings (
-        text, text_hash, embedding, model_name, recipe, n_tokens, n_tokens_dropped,
-        ip_address, request_time, response_time, total_time, collection_id
-    )
-    VALUES (?, ?, ?, ?, ?, 0, 0, ?, ?, ?, 0, ?)
-    ON CONFLICT DO NOTHING
-"""
 
 # In the order of the unique index, which has all that is needed: the table itself is twenty times as large. Put
 # together by SQLite, as a million values of their own take Python four times as long.
@@ -294,17 +279,35 @@ FIND_TOKENS = (
     .order_by(tokens.c.position)
 )
 
-INSERT_BUNDLE = insert_unless_present(bundles)
-# As plain SQL, as a text has hundreds of them; see IMPORT_EMBEDDINGS.
-INSERT_TOKENS = """
-    INSERT INTO token_level_embeddings (
-        token, token_hash, position, model_name, recipe, token_level_embedding_bundle_id,
-        ip_address, request_time, response_time, total_time
-    )
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT DO NOTHING
-"""
-INSERT_FEATURE_VECTOR = insert_unless_present(feature_vectors)
+INSERT_BUNDLE = make_plain_insert(
+    bundles,
+    "input_text",
+    "input_text_hash",
+    "model_name",
+    "recipe",
+    "n_tokens",
+    "n_tokens_dropped",
+    "embeddings",
+    *_REQUEST_COLUMNS,
+)
+INSERT_TOKEN = make_plain_insert(
+    tokens,
+    "token",
+    "token_hash",
+    "position",
+    "model_name",
+    "recipe",
+    "token_level_embedding_bundle_id",
+    *_REQUEST_COLUMNS,
+)
+INSERT_FEATURE_VECTOR = make_plain_insert(
+    feature_vectors,
+    "token_level_embedding_bundle_id",
+    "model_name",
+    "recipe",
+    "combined_feature_vector",
+    "combined_feature_vector_hash",
+)
 
 DELETE_BUNDLES_OF_TEXT = (
     delete(bundles)

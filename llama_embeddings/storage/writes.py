@@ -34,7 +34,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import Unavailable
 from llama_embeddings.storage import full_text, statements
-from llama_embeddings.storage.engine import MAX_LIST_LENGTH, overwriting_deleted, touch
+from llama_embeddings.storage.engine import MAX_LIST_LENGTH, insert_row, insert_rows, overwriting_deleted, touch
 
 Element = TypeVar("Element")
 
@@ -100,10 +100,11 @@ def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbe
     ids: dict[_EmbeddingKey, int] = {}
     if rows:
         collection_ids = _resolve_collections(connection, {row.collection for row in rows})
-        described = [_describe_embedding(row, collection_ids) for row in rows]
-        for row_id, *key in connection.execute(statements.INSERT_EMBEDDINGS, described):
-            ids[key[0], key[1], key[2]] = row_id
-        # What was there already, or came twice, is passed over by the insertion and gives no row back.
+        for row in rows:
+            row_id = insert_row(connection, statements.INSERT_EMBEDDING, _describe_embedding(row, collection_ids))
+            if row_id is not None:
+                ids[_key(row)] = row_id
+        # What was there already, or came twice, is passed over by the insertion.
         if len(ids) < len(rows):
             ids = _place_known(connection, rows, ids, collection_ids)
     return [[ids[_key(row)] for row in batch] for batch in batches]
@@ -145,9 +146,9 @@ def _import_batch(connection: Connection, batch: BulkEmbeddings) -> int:
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     vectors = np.ascontiguousarray(batch.vectors, dtype="<f4")
     moment = _as_text(_without_zone(batch.stamp.request_time))
-    shared = (batch.model_name, batch.recipe, batch.stamp.ip_address, moment, moment, collection_id)
-    rows = [(batch.texts[place], hashes[place], vectors[place].data, *shared) for place in order]
-    n_new = connection.exec_driver_sql(statements.IMPORT_EMBEDDINGS, rows).rowcount
+    before, after = (batch.model_name, batch.recipe), (0, 0, collection_id, batch.stamp.ip_address, moment, moment, 0)
+    rows = [(batch.texts[place], hashes[place], *before, vectors[place].data, *after) for place in order]
+    n_new = insert_rows(connection, statements.INSERT_EMBEDDING, rows)
     if n_new < len(set(hashes)):
         _place_imported(connection, batch, hashes, collection_id)
     return n_new
@@ -182,18 +183,18 @@ def _key(row: NewEmbedding) -> _EmbeddingKey:
     return row.text_hash, row.model_name, row.recipe
 
 
-def _describe_embedding(row: NewEmbedding, collection_ids: Mapping[str | None, int]) -> dict[str, Any]:
-    return {
-        "text": row.text,
-        "text_hash": row.text_hash,
-        "model_name": row.model_name,
-        "recipe": row.recipe,
-        "embedding": encode_vector(row.vector),
-        "n_tokens": row.n_tokens,
-        "n_tokens_dropped": row.n_tokens_dropped,
-        "collection_id": _choose_home(row, collection_ids),
-        **_describe_times(row.stamp, row.response_time),
-    }
+def _describe_embedding(row: NewEmbedding, collection_ids: Mapping[str | None, int]) -> tuple[Any, ...]:
+    return (
+        row.text,
+        row.text_hash,
+        row.model_name,
+        row.recipe,
+        encode_vector(row.vector),
+        row.n_tokens,
+        row.n_tokens_dropped,
+        _choose_home(row, collection_ids),
+        *_describe_request(row.stamp, row.response_time),
+    )
 
 
 @lru_cache(maxsize=64)  # the rows of a request share their times
@@ -204,6 +205,13 @@ def _describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, A
         "response_time": _without_zone(response_time),
         "total_time": (response_time - stamp.request_time).total_seconds(),
     }
+
+
+@lru_cache(maxsize=64)
+def _describe_request(stamp: RequestStamp, response_time: datetime) -> tuple[Any, ...]:
+    """The same for a plain statement."""
+    times = _describe_times(stamp, response_time)
+    return times["ip_address"], _as_text(times["request_time"]), _as_text(times["response_time"]), times["total_time"]
 
 
 def _without_zone(moment: datetime) -> datetime:
@@ -296,39 +304,35 @@ def insert_bundles(connection: Connection, new_bundles: Sequence[NewTokenLevelBu
 
 
 def _insert_bundle(connection: Connection, bundle: NewTokenLevelBundle) -> int:
-    inserted = connection.execute(statements.INSERT_BUNDLE, _describe_bundle(bundle))
-    key = {"text_hash": bundle.text_hash, "model_name": bundle.model_name, "recipe": bundle.recipe}
-    bundle_id: int = connection.execute(statements.FIND_BUNDLE_ID, key).scalar_one()
-    if inserted.rowcount:
-        connection.execute(statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
-        if bundle.tokens:
-            connection.exec_driver_sql(statements.INSERT_TOKENS, _describe_tokens(bundle, bundle_id))
+    bundle_id = insert_row(connection, statements.INSERT_BUNDLE, _describe_bundle(bundle))
+    if bundle_id is None:
+        key = {"text_hash": bundle.text_hash, "model_name": bundle.model_name, "recipe": bundle.recipe}
+        known_id: int = connection.execute(statements.FIND_BUNDLE_ID, key).scalar_one()
+        return known_id
+    insert_row(connection, statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
+    insert_rows(connection, statements.INSERT_TOKEN, _describe_tokens(bundle, bundle_id))
     return bundle_id
 
 
-def _describe_bundle(bundle: NewTokenLevelBundle) -> dict[str, Any]:
-    return {
-        "input_text": bundle.text,
-        "input_text_hash": bundle.text_hash,
-        "model_name": bundle.model_name,
-        "recipe": bundle.recipe,
-        "n_tokens": len(bundle.tokens),
-        "n_tokens_dropped": bundle.n_tokens_dropped,
-        "embeddings": bundle.matrix.reshape(-1),
-        **_describe_times(bundle.stamp, bundle.response_time),
-    }
+def _describe_bundle(bundle: NewTokenLevelBundle) -> tuple[Any, ...]:
+    return (
+        bundle.text,
+        bundle.text_hash,
+        bundle.model_name,
+        bundle.recipe,
+        len(bundle.tokens),
+        bundle.n_tokens_dropped,
+        encode_vector(bundle.matrix),
+        *_describe_request(bundle.stamp, bundle.response_time),
+    )
 
 
 def _describe_tokens(bundle: NewTokenLevelBundle, bundle_id: int) -> list[tuple[Any, ...]]:
-    times = _describe_times(bundle.stamp, bundle.response_time)
     shared = (
         bundle.model_name,
         bundle.recipe,
         bundle_id,
-        times["ip_address"],
-        _as_text(times["request_time"]),
-        _as_text(times["response_time"]),
-        times["total_time"],
+        *_describe_request(bundle.stamp, bundle.response_time),
     )
     return [
         (token, compute_token_hash(bundle.text_hash, position, token), position, *shared)
@@ -336,14 +340,14 @@ def _describe_tokens(bundle: NewTokenLevelBundle, bundle_id: int) -> list[tuple[
     ]
 
 
-def _describe_feature_vector(bundle: NewTokenLevelBundle, bundle_id: int) -> dict[str, Any]:
-    return {
-        "token_level_embedding_bundle_id": bundle_id,
-        "model_name": bundle.model_name,
-        "recipe": bundle.recipe,
-        "combined_feature_vector": bundle.feature_vector,
-        "combined_feature_vector_hash": compute_feature_vector_hash(bundle.text_hash, bundle.feature_vector),
-    }
+def _describe_feature_vector(bundle: NewTokenLevelBundle, bundle_id: int) -> tuple[Any, ...]:
+    return (
+        bundle_id,
+        bundle.model_name,
+        bundle.recipe,
+        encode_vector(bundle.feature_vector),
+        compute_feature_vector_hash(bundle.text_hash, bundle.feature_vector),
+    )
 
 
 # --- documents ---
