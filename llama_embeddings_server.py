@@ -70,10 +70,10 @@ from llama_embeddings.services.container import Services
 from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.downloads import DocumentDownloads
-from llama_embeddings.services.embeddings import EmbeddingService, load_known_texts
+from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.indexing import IndexService, TextVectors
 from llama_embeddings.services.jobs import JobService
-from llama_embeddings.services.known_texts import KnownTexts
+from llama_embeddings.services.known_texts import KnownTexts, load_known_texts
 from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
@@ -313,7 +313,9 @@ def make_services(
     memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
     embeddings = EmbeddingService(store, models, indexing, memory, known, limits=limits, default_truncation=truncation)
     token_index = TokenIndex(store, indexing)
-    token_embeddings = TokenEmbeddingService(store, models, token_index, limits=limits, default_truncation=truncation)
+    token_embeddings = TokenEmbeddingService(
+        store, models, token_index, known, limits=limits, default_truncation=truncation
+    )
     search = SearchService(store, models, embeddings, indexing)
     reader = make_document_reader(settings)
     document_service = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)

@@ -10,7 +10,6 @@ anybody gets the answer. A query is in no collection, and no search finds it unt
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -34,7 +33,7 @@ from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, Pre
 from llama_embeddings.observability import TimedStore, note_engine
 from llama_embeddings.services.forgotten_rows import ForgottenRows
 from llama_embeddings.services.indexing import IndexService
-from llama_embeddings.services.known_texts import N_DIGITS, KnownTexts
+from llama_embeddings.services.known_texts import KnownTexts
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
@@ -375,9 +374,3 @@ def _describe_unkept(row: NewEmbedding) -> StoredEmbedding:
     return StoredEmbedding(
         _NO_ROW, row.text_hash, row.vector, row.n_tokens, row.n_tokens_dropped, frozenset(), is_searchable=False
     )
-
-
-async def load_known_texts(store: EmbeddingStore, known: KnownTexts) -> None:
-    """Fill the filter from the stored rows."""
-    async for digits in store.read_hash_beginnings(N_DIGITS):
-        await asyncio.to_thread(known.add_beginnings, digits)

@@ -27,6 +27,7 @@ from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, Pre
 from llama_embeddings.inference.pooling import pool_rows
 from llama_embeddings.observability import TimedStore, note_engine
 from llama_embeddings.services.embeddings import Source
+from llama_embeddings.services.known_texts import OF_TOKENS, KnownTexts
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
@@ -72,12 +73,14 @@ class TokenEmbeddingService:
         store: EmbeddingStore,
         models: ModelService,
         index: TokenIndex,
+        known: KnownTexts,
         *,
         limits: TextLimits,
         default_truncation: Truncation,
     ) -> None:
         self._store = store
         self._index = index
+        self._known = known
         self._models = models
         self._limits = limits
         self._default_truncation = default_truncation
@@ -153,6 +156,8 @@ class TokenEmbeddingService:
         return outcomes
 
     async def _find(self, key: _Key, family: str) -> TokenAnswer | None:
+        if not self._known.may_hold(key[0], OF_TOKENS):
+            return None
         with TimedStore():
             bundle = await self._store.find_token_level_bundle(key[0], key[1], family)
         return TokenAnswer(bundle, Source.STORE) if bundle is not None else None
@@ -196,6 +201,7 @@ class TokenEmbeddingService:
         bundle = _make_bundle(text, key[0], key[1], family, result, stamp)
         with TimedStore():
             row_id = await self._store.add_token_level_bundle(bundle)
+        self._known.add([key[0]], OF_TOKENS)
         stored = StoredTokenLevelBundle(
             row_id, key[0], bundle.tokens, bundle.matrix, bundle.feature_vector, bundle.n_tokens_dropped
         )

@@ -14,6 +14,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     Table,
+    TextClause,
     bindparam,
     delete,
     exists,
@@ -66,6 +67,23 @@ def _as_bytes(column: ColumnElement[object]) -> ColumnElement[bytes]:
 
 def _is_any_of(column: ColumnElement[object], parameter: str) -> ColumnElement[bool]:
     return column.in_(bindparam(parameter, expanding=True))
+
+
+def _make_read_digits(table: Table, column: str) -> TextClause:
+    """Digits of the next hashes of a table, put together, and the last of these hashes.
+
+    In the order of the unique index, which has all that is needed: the table itself is twenty times as large. Put
+    together by SQLite, as a million values of their own take Python four times as long.
+    """
+    return text(f"""
+        SELECT coalesce(max(hash), ''), coalesce(group_concat(substr(hash, 1 + :first_digit, :n_digits), ''), '')
+        FROM (
+            SELECT {column} AS hash FROM {table.name}
+            WHERE {column} > :after_hash
+            ORDER BY {column}
+            LIMIT :limit
+        ) AS page
+    """)  # noqa: S608 - our own words
 
 
 # Of a row that a request made; see `writes._describe_request`.
@@ -139,17 +157,7 @@ INSERT_EMBEDDING = make_plain_insert(
     *_REQUEST_COLUMNS,
 )
 
-# In the order of the unique index, which has all that is needed: the table itself is twenty times as large. Put
-# together by SQLite, as a million values of their own take Python four times as long.
-READ_HASH_BEGINNINGS = text("""
-    SELECT coalesce(max(text_hash), ''), coalesce(group_concat(substr(text_hash, 1, :n_digits), ''), '')
-    FROM (
-        SELECT text_hash FROM embeddings
-        WHERE text_hash > :after_text_hash
-        ORDER BY text_hash
-        LIMIT :limit
-    ) AS page
-""")
+READ_DIGITS_OF_TEXT_HASHES = _make_read_digits(embeddings, "text_hash")
 
 FIND_TEXTS_OF_ROWS = select(embeddings.c.id, embeddings.c.text).where(_is_any_of(embeddings.c.id, "row_ids"))
 
@@ -314,6 +322,8 @@ DELETE_BUNDLES_OF_TEXT = (
     .where(bundles.c.input_text_hash == bindparam("text_hash_to_delete"))
     .returning(bundles.c.model_name, bundles.c.recipe, bundles.c.id, bundles.c.n_tokens)
 )
+
+READ_DIGITS_OF_BUNDLE_HASHES = _make_read_digits(bundles, "input_text_hash")
 
 FIND_BUNDLE_GROUPS = select(bundles.c.model_name, bundles.c.recipe).distinct()
 

@@ -322,15 +322,27 @@ class EmbeddingStore:
                 rows.extend(await self._fetch(statements.READ_VECTORS_OF_ROWS, {"row_ids": part}))
         return _split_rows(rows)
 
-    async def read_hash_beginnings(self, n_digits: int, *, rows_per_read: int = 50_000) -> AsyncIterator[str]:
-        """The first digits of all rows' text hashes, of all models, in ascending order: many at a time, put together.
+    def read_digits_of_text_hashes(
+        self, first_digit: int, n_digits: int, *, rows_per_read: int = 50_000
+    ) -> AsyncIterator[str]:
+        """Some digits of all rows' text hashes, of all models, by ascending hash: many at a time, put together.
 
         A text that has several rows may be there several times.
         """
+        return self._read_digits(statements.READ_DIGITS_OF_TEXT_HASHES, first_digit, n_digits, rows_per_read)
+
+    async def _read_digits(
+        self, statement: Executable, first_digit: int, n_digits: int, rows_per_read: int
+    ) -> AsyncIterator[str]:
         after = ""
         while True:
-            parameters = {"n_digits": n_digits, "after_text_hash": after, "limit": rows_per_read}
-            [(after, digits)] = await self._fetch(statements.READ_HASH_BEGINNINGS, parameters)
+            parameters = {
+                "first_digit": first_digit,
+                "n_digits": n_digits,
+                "after_hash": after,
+                "limit": rows_per_read,
+            }
+            [(after, digits)] = await self._fetch(statement, parameters)
             if not digits:
                 return
             yield digits
@@ -356,6 +368,12 @@ class EmbeddingStore:
         if len(bundle.tokens) != len(bundle.matrix):
             raise ValueError(f"{len(bundle.tokens)} tokens, but {len(bundle.matrix)} token embeddings")
         return await self._write_queue.submit(writes.insert_bundles, bundle)
+
+    def read_digits_of_bundle_hashes(
+        self, first_digit: int, n_digits: int, *, rows_per_read: int = 50_000
+    ) -> AsyncIterator[str]:
+        """The same as `read_digits_of_text_hashes` for the texts with token embeddings."""
+        return self._read_digits(statements.READ_DIGITS_OF_BUNDLE_HASHES, first_digit, n_digits, rows_per_read)
 
     async def token_bundle_groups(self) -> list[tuple[str, str]]:
         """The pairs of model and recipe with token-level bundles."""

@@ -1,7 +1,7 @@
 """The filter in front of the store: never wrong about what was added, seldom about what was not."""
 
 from embeddings_data_models import compute_text_hash
-from llama_embeddings.services.known_texts import N_DIGITS, KnownTexts
+from llama_embeddings.services.known_texts import N_DIGITS, OF_TOKENS, KnownTexts
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -30,6 +30,16 @@ def test_adding_many_remembers_what_adding_one_by_one_does() -> None:
     one_by_one, at_once = KnownTexts(), KnownTexts()
     hashes = [compute_text_hash(str(number)) for number in range(3_000)]
     one_by_one.add(hashes)
-    at_once.add_beginnings("".join(text_hash[:N_DIGITS] for text_hash in hashes))
-    at_once.add_beginnings("")
+    at_once.add_digits("".join(text_hash[:N_DIGITS] for text_hash in hashes))
+    at_once.add_digits("")
     assert one_by_one._bits == at_once._bits
+
+
+def test_texts_and_their_tokens_are_told_apart() -> None:
+    """A text with an embedding has no matrix yet."""
+    known = KnownTexts()
+    hashes = [compute_text_hash(str(number)) for number in range(1_000)]
+    known.add(hashes[:500])
+    known.add(hashes[500:], OF_TOKENS)
+    assert [known.may_hold(text_hash, OF_TOKENS) for text_hash in hashes] == [False] * 500 + [True] * 500
+    assert [known.may_hold(text_hash) for text_hash in hashes] == [True] * 500 + [False] * 500

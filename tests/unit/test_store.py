@@ -614,9 +614,19 @@ async def test_every_text_hash_is_read_whatever_the_parts(store: EmbeddingStore,
     for model_name in ("a", "b", "c"):
         await store.add_embeddings([make_embedding(text, model_name=model_name) for text in texts])
     seen: set[str] = set()
-    async for part in store.read_hash_beginnings(10, rows_per_read=rows_per_read):
+    async for part in store.read_digits_of_text_hashes(5, 10, rows_per_read=rows_per_read):
         seen.update(part[start : start + 10] for start in range(0, len(part), 10))
-    assert seen == {compute_text_hash(text)[:10] for text in texts}
+    assert seen == {compute_text_hash(text)[5:15] for text in texts}
+
+
+async def test_hashes_of_texts_with_token_embeddings_are_read(store: EmbeddingStore) -> None:
+    """Theirs alone."""
+    bundles = [make_bundle(text, [text]) for text in "abc"]
+    for bundle in bundles:
+        await store.add_token_level_bundle(bundle)
+    await store.add_embeddings([make_embedding("d")])
+    read = "".join([part async for part in store.read_digits_of_bundle_hashes(25, 25, rows_per_read=2)])
+    assert read == "".join(text_hash[25:50] for text_hash in sorted(bundle.text_hash for bundle in bundles))
 
 
 async def test_readers_cannot_write(store: EmbeddingStore) -> None:
@@ -638,13 +648,14 @@ async def test_reads_go_through_indexes(store: EmbeddingStore, path: Path) -> No
         assert len(await store.read_row_ids(MODEL, RECIPE)) == 1
         await store.read_vectors_of_rows(np.array([1, 2]))
         await store.read_vectors_of_rows(np.arange(1, 1000))
-        assert [len(digits) async for digits in store.read_hash_beginnings(10)] == [10]
+        assert [len(digits) async for digits in store.read_digits_of_text_hashes(0, 10)] == [10]
+        assert [len(digits) async for digits in store.read_digits_of_bundle_hashes(10, 10)] == [10]
         await store.embedding_groups()
         await store.find_token_level_bundle(bundle.text_hash, MODEL, RECIPE)
         await find(store, document)
         await store.list_texts(None, 10, 0)
         await store.list_texts(MODEL, 10, 0)
-    assert len(seen) == 21
+    assert len(seen) == 23
     with closing(sqlite3.connect(path)) as connection:
         for statement, parameters in seen:
             details = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
