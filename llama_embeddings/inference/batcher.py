@@ -8,6 +8,8 @@ a thread with a context of its own, take from one queue:
 - large groups are served in turn, a pass each, so that they end one after the other and the engine has work while
   their callers prepare the next; small ones, and what is left of large ones, go into the next pass, so that one text
   never waits behind the whole of a long document;
+- of a few callers with small groups each pass takes a share, so that every worker has one and one more is there when
+  the first of them ends: callers who wait for their answer come back together, some milliseconds later;
 - a lone text on an idle engine gets all cores on one context, which halves its latency; under load each context
   computes on one thread, which is faster than threads that wait for each other at every step.
 
@@ -230,6 +232,8 @@ class Batcher:
         except BaseException:  # the model is freed next, and no context may outlive it
             self._close_contexts()
             raise
+        # How many small groups there were in each worker's last pass.
+        self._n_callers = [0] * limits.n_workers
         self._max_tokens = min(context.max_tokens for context in self._contexts)
         self.counters = BatcherCounters()
         self.failure: BaseException | None = None
@@ -389,18 +393,19 @@ class Batcher:
         queue = self._queue
         with queue.lock:
             while True:
-                entries = self._take(context)
+                entries = self._take(number, context)
                 if entries:
                     break
                 if queue.stopping and queue.is_empty:
                     return None
+                self._n_callers[number] = 0
                 queue.wait(number)
             is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and queue.is_empty
             queue.n_busy_workers += 1
             queue.n_texts_in_flight += len(entries)
         return entries, self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
 
-    def _take(self, context: Context) -> list[_Entry]:
+    def _take(self, number: int, context: Context) -> list[_Entry]:
         """Fill a pass: from small groups first, but for a share that large ones get while they wait."""
         queue = self._queue
         room = self._room_for_pass(context)
@@ -409,7 +414,12 @@ class Batcher:
         if n_places <= 0:
             return []
         has_large = queue.is_large_due and self._fill_from_large(taken)
-        _fill_from_small(taken, queue.small, reserved=int(LARGE_SHARE * room) if queue.large else 0)
+        self._n_callers[number] = _fill_from_small(
+            taken,
+            queue.small,
+            reserved=int(LARGE_SHARE * room) if queue.large else 0,
+            n_groups=self._choose_share_of_callers(),
+        )
         has_large |= self._fill_from_large(taken)
         queue.is_large_due = bool(queue.large) and not has_large
         queue.n_texts -= len(taken.entries)
@@ -429,6 +439,14 @@ class Batcher:
             if group.waiting:
                 self._queue.add(group, self._small_tokens)
         return bool(served)
+
+    def _choose_share_of_callers(self) -> int:
+        """How many small groups may go into the next pass: all, or a share if no worker is to run dry after it."""
+        n_workers = len(self._contexts)
+        n_waiting = len(self._queue.small)
+        if n_workers == 1 or self._queue.n_busy_workers < n_workers - 1:
+            return n_waiting
+        return math.ceil((n_waiting + sum(self._n_callers)) / (n_workers + 1))
 
     @property
     def _small_tokens(self) -> int:
@@ -525,15 +543,17 @@ class Batcher:
             group.loop.call_soon_threadsafe(_answer, group)
 
 
-def _fill_from_small(taken: _Pass, line: deque[_Group], *, reserved: int) -> None:
-    """Take what fits of each; those with nothing that does come first in the next pass."""
+def _fill_from_small(taken: _Pass, line: deque[_Group], *, reserved: int, n_groups: int) -> int:
+    """Take what fits of each; those with nothing that does come first in the next pass. Of how many anything did."""
     passed_over: list[_Group] = []
-    while line and len(taken.entries) < taken.n_places and len(passed_over) < MAX_PASSED_OVER:
+    n_served = 0
+    while line and n_served < n_groups and len(taken.entries) < taken.n_places and len(passed_over) < MAX_PASSED_OVER:
         group = line.popleft()
-        taken.take_all(group, reserved)
+        n_served += taken.take_all(group, reserved)
         if group.waiting:
             passed_over.append(group)
     line.extendleft(reversed(passed_over))
+    return n_served
 
 
 def _answer(group: _Group) -> None:

@@ -358,6 +358,32 @@ async def test_texts_on_an_idle_engine_are_shared_among_the_workers(
     assert backend.passes == [[10] * 4] * 2
 
 
+async def test_worker_leaves_others_callers_to_the_next_pass(open_batcher: Callable[..., Batcher]) -> None:
+    """Of twelve callers, four in each worker's pass, and four that the first to end finds waiting."""
+    gates: list[threading.Event] = []
+    passes: list[int] = []
+
+    def open_gated() -> Context:
+        gates.append(gate := threading.Event())
+
+        def compute(sequences: Sequence[np.ndarray]) -> np.ndarray:
+            passes.append(len(sequences))
+            gate.wait()
+            return np.ones((sum(map(len, sequences)), 8), np.float32)
+
+        return FunctionContext(compute)
+
+    batcher = open_batcher(open_gated, n_workers=2, token_budget=512)
+    blockers = await hand_in(batcher, *([job] for job in make_jobs([BLOCKER_LENGTH] * 2)))
+    await wait_until(lambda: len(passes) == 2)
+    tasks = await hand_in(batcher, *([job] for job in make_jobs([10] * 10)))
+    gates[0].set()
+    await wait_until(lambda: sum(passes) == 12)
+    assert passes[2] == 4
+    gates[1].set()
+    await asyncio.gather(*blockers, *tasks)
+
+
 @pytest.mark.parametrize(("n_workers", "limit"), [(1, 1), (2, 1), (2, 3), (3, 5)])
 async def test_no_more_texts_are_in_flight_than_allowed(
     open_batcher: Callable[..., Batcher], n_workers: int, limit: int
