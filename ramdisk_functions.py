@@ -603,7 +603,7 @@ def hold_copy_lock(place: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RamdiskError(f"Another copy to the RAM disk at {str(place)!r} is under way. Wait for it.") from error
+            raise RamdiskError(f"A copy to the RAM disk at {str(place)!r} is under way. Wait for it.") from error
         yield
     finally:
         os.close(descriptor)
@@ -724,9 +724,12 @@ def clear_ramdisk(path: Path | str, *, run: CommandRunner = run_command) -> Clea
     3. Try to unmount again, `UNMOUNT_ATTEMPTS` times in all, then detach (`umount -l`): the path
        is free, the mappings stay valid, and the kernel returns their memory with the last of them.
 
-    Raises RamdiskError when it is not ours (nothing is touched) or unmounting is refused.
+    Raises RamdiskError when it is not ours or is being copied to (nothing is touched), or unmounting is refused.
     """
     place = require_our_ramdisk(path)
+    # Not for longer: who holds it keeps the RAM disk busy. A copy that begins right now fails cleanly.
+    with hold_copy_lock(place):
+        pass
     usage = measure_usage(place)
     models, others = list_entries(place)
     if others:

@@ -372,7 +372,7 @@ def test_two_copies_at_once_are_refused(place: Path, models: Path) -> None:
     descriptor = os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(RamdiskError, match=r"Another copy .* is under way"):
+        with pytest.raises(RamdiskError, match=r"A copy .* is under way"):
             copy_models_to_ramdisk(models, place)
     finally:
         os.close(descriptor)
@@ -396,6 +396,22 @@ def test_clearing_an_idle_ramdisk_frees_all_and_leaves_an_empty_directory(place:
     with pytest.raises(RamdiskError, match="No RAM disk is mounted"):
         clear_ramdisk(place)
     assert not setup_ramdisk(place, EIGHT_MB, reserve_gb=0).was_already_mounted
+
+
+@on_a_real_tmpfs
+def test_a_ramdisk_that_is_copied_to_is_not_cleared(place: Path, models: Path) -> None:
+    """The copy goes on to its end; then it can be cleared."""
+    setup_ramdisk(place, EIGHT_MB, reserve_gb=0)
+    refusals: list[str] = []
+
+    def clear_meanwhile(*_: object) -> None:
+        with pytest.raises(RamdiskError, match=r"A copy .* is under way") as refusal:
+            clear_ramdisk(place)
+        refusals.append(str(refusal.value))
+
+    assert len(copy_models_to_ramdisk(models, place, progress=clear_meanwhile)) == 3
+    assert refusals
+    assert clear_ramdisk(place).unmounted
 
 
 @on_a_real_tmpfs
