@@ -98,6 +98,30 @@ def test_every_requirement_has_the_digests_of_its_files(name: str) -> None:
     assert [line.split()[0] for line in lines if not re.search(r" --hash=sha256:[0-9a-f]{64}( |$)", line)] == []
 
 
+def test_findings_that_the_audit_passes_over_are_explained() -> None:
+    """Each of them, for the version that is pinned: with another, it is time to look again."""
+    [passed_over] = re.findall(
+        r"^EXPLAINED_FINDINGS := (.*)$", (PROJECT_DIRECTORY / "Makefile").read_text(), re.MULTILINE
+    )
+    table = (PROJECT_DIRECTORY / "docs" / "security.md").read_text()
+    explained = re.findall(r"^\| (CVE-[\d-]+) \| ([\w-]+) ([\d.]+),", table, re.MULTILINE)
+    assert [finding for finding, *_ in explained] == passed_over.split()
+    pinned = read_requirements("requirements.txt")
+    assert all(pinned[package] == f"=={version}" for _, package, version in explained)
+
+
+def test_what_findings_are_about_is_not_used() -> None:
+    """As their explanations say: no module of `future` is loaded, no cache on disk is made."""
+    program = (
+        "import sys, llama_embeddings_server, llama_cpp; print([name for name in sys.modules if name[:6] == 'future'])"
+    )
+    assert run(sys.executable, "-c", program).stdout.strip() == "[]"
+    paths = [*PROJECT_DIRECTORY.glob("*.py"), *(PROJECT_DIRECTORY / "llama_embeddings").rglob("*.py")]
+    assert [
+        path.name for path in paths if re.search(r"diskcache|LlamaDiskCache|llama_cpp\.Llama\b", path.read_text())
+    ] == []
+
+
 def test_nothing_is_installed_without_its_digest() -> None:
     """Make and Docker let pip refuse what has none; the peer that benchmarks compare with is nobody's server."""
     makefile = (PROJECT_DIRECTORY / "Makefile").read_text()
