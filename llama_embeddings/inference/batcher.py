@@ -26,7 +26,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -367,7 +367,8 @@ class Batcher:
         for group in groups:
             for position in group.waiting:
                 group.results[position] = error
-            self._settle(group, len(group.waiting))
+        self._settle({group: len(group.waiting) for group in groups})
+        for group in groups:
             group.waiting.clear()
 
     # -- the workers' side ---------------------------------------------------------------------------------------
@@ -532,15 +533,19 @@ class Batcher:
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.group.results[entry.position] = outcome
             settled[entry.group] = settled.get(entry.group, 0) + 1
-        for group, count in settled.items():
-            self._settle(group, count)
+        self._settle(settled)
 
-    def _settle(self, group: _Group, count: int) -> None:
+    def _settle(self, counts: Mapping[_Group, int]) -> None:
+        """So many jobs of each group have their results; the groups that are complete are answered together."""
+        complete: dict[asyncio.AbstractEventLoop, list[_Group]] = {}
         with self._queue.lock:
-            group.n_open -= count
-            is_complete = group.n_open == 0 and not group.cancelled
-        if is_complete:
-            group.loop.call_soon_threadsafe(_answer, group)
+            for group, count in counts.items():
+                group.n_open -= count
+                if group.n_open == 0 and not group.cancelled:
+                    complete.setdefault(group.loop, []).append(group)
+        # Once for each loop: its thread wakes up at the first call, and would only get in the way of the others.
+        for loop, groups in complete.items():
+            loop.call_soon_threadsafe(_answer, groups)
 
 
 def _fill_from_small(taken: _Pass, line: deque[_Group], *, reserved: int, n_groups: int) -> int:
@@ -556,6 +561,7 @@ def _fill_from_small(taken: _Pass, line: deque[_Group], *, reserved: int, n_grou
     return n_served
 
 
-def _answer(group: _Group) -> None:
-    if not group.future.done():
-        group.future.set_result([result for result in group.results if result is not None])
+def _answer(groups: Sequence[_Group]) -> None:
+    for group in groups:
+        if not group.future.done():
+            group.future.set_result([result for result in group.results if result is not None])
