@@ -118,6 +118,8 @@ class LlamaModel:
         prefix, suffix = self._read_special_tokens()
         if chosen is Pooling.LAST and not suffix:
             warnings.append("its tokenizer adds no closing token (EOS), though its pooling takes the last token")
+        if chosen is Pooling.CLS and not prefix:
+            warnings.append("its tokenizer adds no opening token (BOS), though its pooling takes the first token")
         trained_window = llama.llama_model_n_ctx_train(pointer)
         return ModelInfo(
             name=name,

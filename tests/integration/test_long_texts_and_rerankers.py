@@ -287,6 +287,30 @@ def test_pooling_that_the_file_asks_for_is_that_of_llama_cpp(architecture: str, 
         np.testing.assert_allclose(found, scale_to_unit_length(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "pooling", "settings", "warned_of"),
+    [
+        ("bert", None, {}, "how to pool"),
+        ("qwen3", "last", {"tokenizer.ggml.add_eos_token": False}, "closing token (EOS)"),
+        ("qwen3", "cls", {}, "opening token (BOS)"),
+        ("qwen3", "last", {}, None),
+        ("bert", "cls", {}, None),
+        ("llama", "mean", {"tokenizer.ggml.add_eos_token": False}, None),
+    ],
+)
+def test_what_pooling_misses_is_warned_of(
+    architecture: str, pooling: str | None, settings: dict[str, Any], warned_of: str | None, tmp_path: Path
+) -> None:
+    """The vectors would be others than the model's own, and nobody would know why."""
+    path = write_tiny_model(tmp_path / "tiny.gguf", architecture, pooling, metadata=settings)
+    model = load_model(path)
+    try:
+        assert len(model.info.warnings) == (warned_of is not None)
+        assert all(str(warned_of) in warning for warning in model.info.warnings)
+    finally:
+        model.close()
+
+
 def scale_to_unit_length(vectors: np.ndarray) -> np.ndarray:
     scaled: np.ndarray = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
     return scaled
