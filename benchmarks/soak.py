@@ -207,7 +207,7 @@ async def send_until(ends: float, url: str, seed: int, known: deque[str], sample
             async with Client(parts.hostname or "", parts.port or 0) as client:
                 while time.monotonic() < ends:
                     await send_one(client, *source.draw(), samples)
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except OSError as error:
             samples.unexpected[f"connection: {type(error).__name__}"] += 1
             await asyncio.sleep(0.1)
 
