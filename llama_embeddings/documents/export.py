@@ -72,23 +72,28 @@ def plan_json(json_format: str, columns: Columns, n_rows: int) -> list[Part]:
     return plan(columns, n_rows)
 
 
-def render_records(rows: Sequence[tuple[str, np.ndarray]], *, label: str, json_format: str) -> bytes:
-    """Render (text, float32 (n_dims,)) rows as UTF-8 JSON with the columns `label` and "embedding".
+def describe_rows(
+    texts: Sequence[str], vectors: np.ndarray, *, label: str, json_format: str
+) -> list[dict[str, Any]] | orjson.Fragment:
+    """Rows of a text and a vector, of (n, n_dims), with the columns `label` and "embedding", for orjson to dump.
 
-    `json_format` as in plan_json. Raises InvalidInput.
+    With OPT_SERIALIZE_NUMPY. `json_format` as in plan_json. Raises InvalidInput.
     """
-    columns: dict[str, list[Any]] = {label: [_make_encodable(text) for text, _ in rows]}
-    columns["embedding"] = [np.ascontiguousarray(vector, dtype=np.float32) for _, vector in rows]
+    matrix = np.ascontiguousarray(vectors, np.float32)
+    columns: dict[str, Any] = {label: [_make_encodable(text) for text in texts], "embedding": list(matrix)}
+    if (json_format or "records") == "records":
+        # As objects, so that a large file is written once and not put together from parts.
+        return [{label: text, "embedding": vector} for text, vector in zip(*columns.values(), strict=True)]
     rendered = []
-    for part in plan_json(json_format, {label: "string", "embedding": "string"}, len(rows)):
+    for part in plan_json(json_format, {label: "string", "embedding": "string"}, len(texts)):
         batch = Batch(0, {name: columns[name] for name in part.columns})
         rendered += [part.opening, part.render(batch), part.closing]
-    return b"".join(rendered)
+    return orjson.Fragment(b"".join(rendered))
 
 
 def _make_encodable(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot express and tokenisers can produce."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _dump(value: Any) -> bytes:

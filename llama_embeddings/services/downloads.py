@@ -20,8 +20,8 @@ from llama_embeddings.documents.export import (
     Batch,
     Part,
     content_disposition,
+    describe_rows,
     plan_json,
-    render_records,
     zip_single_file,
 )
 from llama_embeddings.documents.reader import ReadDocument
@@ -157,12 +157,11 @@ async def stream_sentences(document: ReadDocument, *, filename: str) -> AsyncIte
 
 def render_token_level_bundle(text: str, bundle: StoredTokenLevelBundle, *, json_format: str, as_zip: bool) -> Download:
     """Tokens with their embeddings and the combined feature vector. Raises InvalidInput for an unknown orientation."""
-    rows = list(zip(bundle.tokens, bundle.matrix, strict=True))
     content = orjson.dumps(
         {
             "input_text": text,
-            "token_level_embedding_bundle": orjson.Fragment(
-                render_records(rows, label="token", json_format=json_format)
+            "token_level_embedding_bundle": describe_rows(
+                bundle.tokens, bundle.matrix, label="token", json_format=json_format
             ),
             "combined_feature_vector": bundle.feature_vector,
         },

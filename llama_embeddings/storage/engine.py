@@ -11,9 +11,12 @@ Knows no tables, and decides nothing about retries: it says what kind of fault a
 from __future__ import annotations
 
 import enum
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,9 @@ READER_WAIT_SECONDS = 30.0
 
 # SQLite takes 32,766 variables a statement unless it was compiled otherwise; some are left for the other conditions.
 MAX_LIST_LENGTH = 32_000
+
+# Of several rows at once; more gain nothing, as each number has a longer statement of its own.
+ROWS_PER_INSERT = 50
 
 # Marks a file as this program's, so that another program's database is never migrated: "LLEM".
 APPLICATION_ID = 0x4C4C454D
@@ -263,10 +269,26 @@ def insert_row(connection: Connection, statement: str, row: Sequence[Any]) -> in
 
 
 def insert_rows(connection: Connection, statement: str, rows: Sequence[Sequence[Any]]) -> int:
-    """Insert rows in the same way; how many were not there already."""
+    """Insert rows in the same way, many with each statement; how many were not there already."""
     cursor = connection.connection.cursor()
-    cursor.executemany(statement, rows)
-    return cursor.rowcount
+    n_whole = len(rows) - len(rows) % ROWS_PER_INSERT
+    n_inserted = 0
+    if n_whole:
+        whole = _repeat_places(statement, ROWS_PER_INSERT)
+        for start in range(0, n_whole, ROWS_PER_INSERT):
+            cursor.execute(whole, [*chain.from_iterable(rows[start : start + ROWS_PER_INSERT])])
+            n_inserted += cursor.rowcount
+    if n_whole < len(rows):
+        cursor.executemany(statement, rows[n_whole:])
+        n_inserted += cursor.rowcount
+    return n_inserted
+
+
+@lru_cache(maxsize=16)
+def _repeat_places(statement: str, count: int) -> str:
+    """A plain INSERT of one row as one of many."""
+    head, places, tail = re.fullmatch(r"(.* VALUES )(\(.*\))( ON CONFLICT .*)", statement).groups()  # type: ignore[union-attr]
+    return f"{head}{', '.join([places] * count)}{tail}"
 
 
 def fetch_by_ids(connection: Connection, columns: str, table: str, row_ids: Sequence[int]) -> Sequence[Any]:

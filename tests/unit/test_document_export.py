@@ -9,10 +9,18 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import orjson
 import pandas
 import pytest
 
-from llama_embeddings.documents.export import content_disposition, render_records, safe_file_name, zip_single_file
+from llama_embeddings.documents.export import (
+    Batch,
+    content_disposition,
+    describe_rows,
+    plan_json,
+    safe_file_name,
+    zip_single_file,
+)
 from llama_embeddings.errors import InvalidInput
 
 ORIENTATIONS = ["records", "split", "index", "columns", "values", "table"]
@@ -24,6 +32,13 @@ def make_rows() -> list[tuple[str, np.ndarray]]:
     vectors = generator.standard_normal((len(TEXTS), 16)).astype(np.float32)
     vectors[0, :4] = [1e-30, -3.4e38, 0.0, 1.0]
     return list(zip(TEXTS, vectors, strict=True))
+
+
+def render(rows: list[tuple[str, np.ndarray]], *, label: str, json_format: str) -> bytes:
+    """As a reply does."""
+    vectors = np.array([vector for _, vector in rows])
+    described = describe_rows([text for text, _ in rows], vectors, label=label, json_format=json_format)
+    return orjson.dumps(described, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def render_by_pandas(rows: list[tuple[str, np.ndarray]], label: str, orientation: Any) -> str:
@@ -49,7 +64,7 @@ def describe_structure(value: Any) -> Any:
 def test_pandas_reads_every_orientation_back_to_the_same_float32(orientation: str, label: str) -> None:
     """Texts are equal and vectors are equal bit by bit."""
     rows = make_rows()
-    frame = read_by_pandas(render_records(rows, label=label, json_format=orientation).decode(), orientation)
+    frame = read_by_pandas(render(rows, label=label, json_format=orientation).decode(), orientation)
     texts, vectors = frame.iloc[:, 0].tolist(), frame.iloc[:, 1].tolist()
     assert texts == TEXTS
     for (_, expected), vector in zip(rows, vectors, strict=True):
@@ -61,7 +76,7 @@ def test_pandas_reads_every_orientation_back_to_the_same_float32(orientation: st
 def test_the_structure_is_what_pandas_writes(orientation: str, label: str) -> None:
     """Keys, their order, index, texts and schema are the same; only the numbers have more digits."""
     rows = make_rows()
-    ours = json.loads(render_records(rows, label=label, json_format=orientation))
+    ours = json.loads(render(rows, label=label, json_format=orientation))
     theirs = json.loads(render_by_pandas(rows, label, orientation))
     assert json.dumps(describe_structure(ours)) == json.dumps(describe_structure(theirs))
 
@@ -69,7 +84,7 @@ def test_the_structure_is_what_pandas_writes(orientation: str, label: str) -> No
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_no_rows_are_a_valid_file_too(orientation: str) -> None:
     """It reads back as a table without rows, and, but for the schema's types, is what pandas writes."""
-    rendered = render_records([], label="text", json_format=orientation).decode()
+    rendered = render([], label="text", json_format=orientation).decode()
     assert len(read_by_pandas(rendered, orientation)) == 0
     if orientation != "table":
         assert json.loads(rendered) == json.loads(render_by_pandas([], "text", orientation))
@@ -78,21 +93,30 @@ def test_no_rows_are_a_valid_file_too(orientation: str) -> None:
 def test_the_empty_string_means_records() -> None:
     """As with the first version of the service, where no format was given."""
     rows = make_rows()
-    assert render_records(rows, label="text", json_format="") == render_records(
-        rows, label="text", json_format="records"
+    assert render(rows, label="text", json_format="") == render(rows, label="text", json_format="records")
+
+
+def test_records_are_the_same_at_once_and_in_parts() -> None:
+    """A matrix is written at once, a document part by part."""
+    rows = make_rows()
+    [part] = plan_json("records", {"text": "string", "embedding": "string"}, len(rows))
+    columns = {"text": TEXTS, "embedding": [vector for _, vector in rows]}
+    assert (
+        render(rows, label="text", json_format="records")
+        == part.opening + part.render(Batch(0, columns)) + part.closing
     )
 
 
 def test_numbers_are_the_shortest_that_give_the_same_float32() -> None:
     """0.1 as float32 is written 0.1 and not 0.10000000149011612."""
-    rendered = render_records([("a", np.array([0.1, 0.3], np.float32))], label="text", json_format="values")
+    rendered = render([("a", np.array([0.1, 0.3], np.float32))], label="text", json_format="values")
     assert rendered == b'[["a",[0.1,0.3]]]'
 
 
 def test_an_unknown_orientation_is_refused_with_the_six_that_exist() -> None:
     """The message can be acted on."""
     with pytest.raises(InvalidInput) as raised:
-        render_records([], label="text", json_format="sideways")
+        render([], label="text", json_format="sideways")
     assert raised.value.field == "json_format"
     assert all(orientation in raised.value.message for orientation in ORIENTATIONS)
 
@@ -100,15 +124,15 @@ def test_an_unknown_orientation_is_refused_with_the_six_that_exist() -> None:
 def test_lone_surrogates_of_a_tokeniser_do_not_stop_the_export() -> None:
     """They become the replacement character; real pairs stay."""
     rows = [("a\ud83d", np.zeros(2, np.float32)), ("🌬", np.zeros(2, np.float32))]
-    rendered = json.loads(render_records(rows, label="token", json_format="records"))
+    rendered = json.loads(render(rows, label="token", json_format="records"))
     assert [row["token"] for row in rendered] == ["a\ufffd", "🌬"]
 
 
 def test_rows_of_a_matrix_that_is_not_contiguous_are_rendered() -> None:
     """Slices with steps and other types of floats are copied first."""
     matrix = np.arange(8, dtype=np.float64).reshape(2, 4)[:, ::2]
-    rendered = render_records([("a", matrix[1])], label="text", json_format="values")
-    assert rendered == b'[["a",[4.0,6.0]]]'
+    described = describe_rows(["a"], matrix[1:], label="text", json_format="values")
+    assert orjson.dumps(described) == b'[["a",[4.0,6.0]]]'
 
 
 def test_a_zip_holds_one_file_and_is_the_same_every_time() -> None:
