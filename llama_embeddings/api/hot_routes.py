@@ -2,8 +2,9 @@
 
 FastAPI takes longer over a small request (its routing, its dependencies, its stacks of exits) than finding a cached
 embedding and writing it as JSON takes. A hot route goes around it: it reads the body by the same model and calls the
-same handler. It takes plain requests only: JSON by name, no query. Everything else, and every body that the model
-refuses, goes FastAPI's way, so that there is one description, one validation and one shape of errors.
+same handler. It takes plain requests only: JSON by name, and one spelling of the query, mostly none. Everything else,
+and every body that the model refuses, goes FastAPI's way, so that there is one description, one validation and one
+shape of errors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from embeddings_data_models import EmbeddingRequest
+from embeddings_data_models import EmbeddingRequest, TokenLevelRequest
 from llama_embeddings.api import native, openai
 from llama_embeddings.api.dependencies import stamp_connection
 
@@ -29,11 +30,19 @@ _GOES_THE_LONG_WAY = "llama_embeddings.long_way"
 
 
 class HotRoute(Route):
-    """One path, answered by a function of the parsed body and the request."""
+    """One path with one query, answered by a function of the parsed body and the request."""
 
-    def __init__(self, path: str, model: type[Body], answer: Callable[[Body, Request], Awaitable[Response]]) -> None:
+    def __init__(
+        self,
+        path: str,
+        model: type[Body],
+        answer: Callable[[Body, Request], Awaitable[Response]],
+        *,
+        query: bytes = b"",
+    ) -> None:
         super().__init__(path, self._answer_unread, methods=["POST"], include_in_schema=False)
         self._model = model
+        self._query = query
         self._answer = answer
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
@@ -42,7 +51,7 @@ class HotRoute(Route):
             scope["type"] == "http"
             and scope["path"] == self.path
             and scope["method"] == "POST"
-            and not scope["query_string"]
+            and scope["query_string"] == self._query
             and (b"content-type", b"application/json") in scope["headers"]
             and _GOES_THE_LONG_WAY not in scope
         ):
@@ -79,6 +88,12 @@ async def _answer_native(body: EmbeddingRequest, request: Request) -> Response:
     return await native.get_embedding_vector_for_string(body, request.app.state.services, stamp_connection(request))
 
 
+async def _answer_token_level(body: TokenLevelRequest, request: Request) -> Response:
+    return await native.get_token_level_embeddings_matrix_and_combined_feature_vector_for_string(
+        body, request.app.state.services, stamp_connection(request), send_back_json_or_zip_file="json"
+    )
+
+
 async def _answer_openai(body: openai.OpenAIEmbeddingRequest, request: Request) -> Response:
     return await openai.create_embeddings(body, request, request.app.state.services)
 
@@ -88,4 +103,10 @@ def add_hot_routes(app: FastAPI) -> None:
     app.router.routes[:0] = [
         HotRoute("/get_embedding_vector_for_string/", EmbeddingRequest, _answer_native),
         HotRoute("/v1/embeddings", openai.OpenAIEmbeddingRequest, _answer_openai),
+        HotRoute(
+            "/get_token_level_embeddings_matrix_and_combined_feature_vector_for_string/",
+            TokenLevelRequest,
+            _answer_token_level,
+            query=b"send_back_json_or_zip_file=json",
+        ),
     ]

@@ -13,6 +13,9 @@ from tests.serving import RunningApplication, run_application
 
 NATIVE = "/get_embedding_vector_for_string/"
 OPENAI = "/v1/embeddings"
+TOKEN_LEVEL = (
+    "/get_token_level_embeddings_matrix_and_combined_feature_vector_for_string/?send_back_json_or_zip_file=json"
+)
 JSON = "application/json"
 # Not the plain type, so that FastAPI has it.
 LONG_WAY = "application/json; charset=utf-8"
@@ -49,6 +52,12 @@ async def ask(running: RunningApplication, path: str, content: bytes | str, cont
         (OPENAI, '{"input": "hello", "dimensions": 0}'),
         (OPENAI, '{"input": "hello", "model": "no such"}'),
         (OPENAI, "{"),
+        (TOKEN_LEVEL, '{"text": "hello"}'),
+        (TOKEN_LEVEL, '{"text": ""}'),
+        (TOKEN_LEVEL, '{"text": 5}'),
+        (TOKEN_LEVEL, '{"text": "hello", "truncation": "left"}'),
+        (f"{TOKEN_LEVEL}&json_format=split", '{"text": "hello"}'),
+        (TOKEN_LEVEL.partition("?")[0], '{"text": "hello"}'),
     ],
 )
 async def test_short_way_answers_as_the_long_way_does(

@@ -100,7 +100,7 @@ def test_records_are_the_same_at_once_and_in_parts() -> None:
     """A matrix is written at once, a document part by part."""
     rows = make_rows()
     [part] = plan_json("records", {"text": "string", "embedding": "string"}, len(rows))
-    columns = {"text": TEXTS, "embedding": [vector for _, vector in rows]}
+    columns: dict[str, Any] = {"text": TEXTS, "embedding": [vector for _, vector in rows]}
     assert (
         render(rows, label="text", json_format="records")
         == part.opening + part.render(Batch(0, columns)) + part.closing
