@@ -211,7 +211,7 @@ async def start_services(settings: Settings, backend: Backend | None, stack: Asy
     # Side by side: all three wait for the disk and for C code most of the time.
     try:
         async with asyncio.TaskGroup() as group:
-            starting = group.create_task(start_indexing(store, stack))
+            starting = group.create_task(start_indexing(store, models, stack))
             group.create_task(load_known_texts(store, known))
             group.create_task(asyncio.to_thread(similarity_measures.warm_up))
     except BaseExceptionGroup as failures:
@@ -281,10 +281,12 @@ async def start_models(
     return models
 
 
-async def start_indexing(store: EmbeddingStore, stack: AsyncExitStack) -> IndexService:
+async def start_indexing(store: EmbeddingStore, models: ModelService, stack: AsyncExitStack) -> IndexService:
     """The indexes over all stored vectors, with their upkeep; snapshots lie beside the database."""
     directory = store.path.with_name(f"{store.path.name}.indexes")
-    indexing = IndexService(VectorIndexes(), [TextVectors(store), TokenVectors(store)], directory)
+    indexing = IndexService(
+        VectorIndexes(), [TextVectors(store), TokenVectors(store)], directory, is_computing=models.is_computing
+    )
     n_rows = await indexing.load()
     logger.info("Indexed %d stored embeddings", n_rows)
     indexing.start()

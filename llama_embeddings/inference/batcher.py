@@ -328,6 +328,11 @@ class Batcher:
         return self._queue.n_tokens
 
     @property
+    def is_computing(self) -> bool:
+        """Whether a pass is under way."""
+        return self._queue.n_busy_workers > 0
+
+    @property
     def tokens_per_second(self) -> float:
         """Measured over the last passes; 0 before the first."""
         return self._queue.tokens_per_second

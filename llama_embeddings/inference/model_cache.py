@@ -99,6 +99,10 @@ class ModelCache:
         """The engines in memory, least recently used first."""
         return [slot.engine for slot in self._slots.values()]
 
+    def is_computing(self) -> bool:
+        """Whether any engine works at this moment. From any thread: the slots are copied in one go."""
+        return any(slot.engine.batcher.is_computing for slot in list(self._slots.values()))
+
     def loaded_file(self, name: str) -> ModelFile | None:
         """The file that a model in memory was loaded from; it may be gone."""
         slot = self._slots.get(name)

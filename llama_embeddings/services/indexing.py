@@ -56,6 +56,10 @@ LOOK_AGAIN_SECONDS = 0.2
 MAX_EXACT_SCANS = 2
 # Upkeep yields to whatever else wants the processor.
 NICENESS = 10
+# Each of its steps waits for the engine to have nothing to compute, for so long at most, and looks so often: a text
+# that is alone has all cores, and its threads wait for each other, so that one disturbed core delays them all.
+MAX_WAIT_SECONDS = 0.05
+POLL_SECONDS = 0.002
 
 Result = TypeVar("Result")
 FoundRows = tuple[np.ndarray, np.ndarray]
@@ -104,8 +108,16 @@ class TextVectors:
 class IndexService:
     """The one way to the indexes. Used on the event loop; what takes long is done on threads."""
 
-    def __init__(self, indexes: VectorIndexes, sources: Sequence[VectorSource], directory: Path | None) -> None:
-        """`directory` holds the snapshots; without one there are none."""
+    def __init__(
+        self,
+        indexes: VectorIndexes,
+        sources: Sequence[VectorSource],
+        directory: Path | None,
+        *,
+        is_computing: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`directory` holds the snapshots; without one there are none. `is_computing`: whether to give way just now."""
+        self._is_computing = is_computing
         self._indexes = indexes
         self._sources = sorted(sources, key=lambda source: -len(source.prefix))
         self._directory = directory
@@ -320,7 +332,7 @@ class IndexService:
 
     async def _rebuild(self, key: Key, index: VectorIndex) -> None:
         started = time.perf_counter()
-        self._rebuilds[key] = rebuild = index.begin_rebuild()
+        self._rebuilds[key] = rebuild = index.begin_rebuild(give_way=self._give_way)
         merging = asyncio.create_task(self._merge_while_rebuilding(index))
         try:
             is_adopted = await self._run_rebuild(index, rebuild, self._find_source(key[1]), self._upkeep_thread)
@@ -333,6 +345,11 @@ class IndexService:
             seconds = time.perf_counter() - started
             logger.info("Compressed the index of %s, %d rows, in %.1f s: %s", key[0], len(index), seconds, index.tuning)
         release_memory()
+
+    def _give_way(self) -> None:
+        deadline = time.monotonic() + MAX_WAIT_SECONDS
+        while self._is_computing() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
     async def _merge_while_rebuilding(self, index: VectorIndex) -> None:
         """New rows go to the codes that are in use meanwhile, or they would pile up as vectors."""

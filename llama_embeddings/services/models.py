@@ -102,6 +102,10 @@ class ModelService:
         resolved = self.resolve(name)
         return await self._cache.info(await self._find(resolved), self._pooling(resolved))
 
+    def is_computing(self) -> bool:
+        """Whether any engine works at this moment. From any thread."""
+        return self._cache.is_computing()
+
     async def recipe(self, name: str | None, input_type: InputType | None = None) -> Recipe:
         """How this model's vectors of texts that play this part are made."""
         info = await self.info(name)

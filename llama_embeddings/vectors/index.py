@@ -8,6 +8,7 @@ are merged. Knows no texts and no SQL and starts no threads; what it returns are
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,7 +19,7 @@ from llama_embeddings.vectors.compressed import CompressedRows, keep_allowed, sc
 from llama_embeddings.vectors.flat import FlatRows, Rows
 from llama_embeddings.vectors.id_arrays import NO_IDS, contains, is_ascending, merge
 from llama_embeddings.vectors.locks import SharedLock
-from llama_embeddings.vectors.rebuilding import Rebuild
+from llama_embeddings.vectors.rebuilding import Rebuild, go_on
 
 # Rows up to which the vectors are held and the search is exact: see docs/decisions/0007.
 FLAT_LIMIT = 16_384
@@ -234,11 +235,13 @@ class VectorIndex:
                     self._n_unsaved += len(row_ids)
             return len(row_ids)
 
-    def begin_rebuild(self, row_ids: np.ndarray | None = None, *, n_threads: int = 1) -> Rebuild:
+    def begin_rebuild(
+        self, row_ids: np.ndarray | None = None, *, n_threads: int = 1, give_way: Callable[[], None] = go_on
+    ) -> Rebuild:
         """Start to make codes for all rows held, or for these sorted ids; see Rebuild. Ends by `adopt` or `abandon`."""
         with self._lock:
             held = merge(self._coded_ids, self._fresh.row_ids()) if row_ids is None else row_ids
-            self._rebuild = Rebuild(held, n_threads=n_threads)
+            self._rebuild = Rebuild(held, n_threads=n_threads, give_way=give_way)
             return self._rebuild
 
     def adopt(self, rebuild: Rebuild) -> np.ndarray:

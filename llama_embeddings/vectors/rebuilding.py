@@ -7,6 +7,7 @@ bring those of the ids it asks for.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,18 +22,28 @@ from llama_embeddings.vectors.compressed import (
 from llama_embeddings.vectors.id_arrays import NO_IDS, contains
 
 SAMPLING_SEED = 7
+# A few milliseconds' work.
+ROWS_PER_STEP = 512
+
+
+def go_on() -> None:
+    """Give way to nobody."""
 
 
 class Rebuild:
-    """Steps in order: `train` on the vectors of `sample_ids`, `add` those of `row_ids`, `calibrate`."""
+    """Steps in order: `train` on the vectors of `sample_ids`, `add` those of `row_ids`, `calibrate`.
 
-    def __init__(self, row_ids: np.ndarray, *, n_threads: int = 1) -> None:
+    `give_way` is called every few milliseconds, on the thread of the step, and may take its time.
+    """
+
+    def __init__(self, row_ids: np.ndarray, *, n_threads: int = 1, give_way: Callable[[], None] = go_on) -> None:
         self.row_ids = row_ids
         self._added_parts = [NO_IDS]
         self.rows: CompressedRows | None = None
         self.tuning: Tuning | None = None
         self._n_lists = choose_n_lists(len(row_ids))
         self._n_threads = n_threads
+        self._give_way = give_way
         self._truth: Truth | None = None
         self._is_cancelled = threading.Event()
         # Written under the lock of the index that this is for.
@@ -59,7 +70,8 @@ class Rebuild:
         self._is_cancelled.set()
 
     def check(self) -> None:
-        """Raise Cancelled if it was."""
+        """Give way, then raise Cancelled if it was."""
+        self._give_way()
         if self._is_cancelled.is_set():
             raise Cancelled
 
@@ -75,8 +87,12 @@ class Rebuild:
     def add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
         """Add rows, none of which was added before."""
         self.check()
-        if len(row_ids) == 0:
-            return
+        for start in range(0, len(row_ids), ROWS_PER_STEP):
+            if start:
+                self.check()
+            self._add(row_ids[start : start + ROWS_PER_STEP], vectors[start : start + ROWS_PER_STEP])
+
+    def _add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
         assert self.rows is not None
         use_threads(self._n_threads)
         self.rows.add(row_ids, vectors)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -61,10 +62,12 @@ class Rows:
 
 
 @asynccontextmanager
-async def serve(*sources: Rows, directory: Path | None = None) -> AsyncIterator[tuple[IndexService, VectorIndexes]]:
+async def serve(
+    *sources: Rows, directory: Path | None = None, is_computing: Callable[[], bool] = lambda: False
+) -> AsyncIterator[tuple[IndexService, VectorIndexes]]:
     """A service from its start to its end."""
     indexes = VectorIndexes(flat_limit=FLAT_LIMIT, merge_at=MERGE_AT)
-    service = IndexService(indexes, sources, directory)
+    service = IndexService(indexes, sources, directory, is_computing=is_computing)
     await service.load()
     service.start()
     try:
@@ -109,6 +112,23 @@ async def test_grown_index_is_compressed_in_the_background_and_loses_nothing() -
             await asyncio.sleep(0.01)
         await wait_until(lambda: is_settled(indexes), timeout_seconds=20)
         assert indexes.sizes() == {KEY: len(rows.vectors)}
+        await check_all_are_found(service, rows)
+
+
+async def test_upkeep_waits_for_the_engine_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on where there is a moment without a pass, and where there is none."""
+    monkeypatch.setattr(indexing, "MAX_WAIT_SECONDS", 0.02)
+    looks: list[float] = []
+
+    def note_look() -> bool:
+        looks.append(time.monotonic())
+        return True
+
+    rows = Rows()
+    async with serve(rows, is_computing=note_look) as (service, indexes):
+        service.add(*KEY, *rows.insert(range(1, 600)))
+        await wait_until(lambda: is_settled(indexes), timeout_seconds=20)
+        assert looks[-1] - looks[0] > 10 * 0.02
         await check_all_are_found(service, rows)
 
 
