@@ -12,12 +12,15 @@ import logging
 import math
 import os
 import platform
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from embeddings_data_models import ModelFile
 from llama_embeddings.errors import ModelLoading
@@ -238,6 +241,12 @@ def count_cores() -> int:
         return allowed  # no control groups, or no quota ("max")
 
 
+# Of our cores, what others may have while a calibration is measured that is to be kept.
+MAX_DISTURBED_SHARE = 0.2
+# The system counts in hundredths of a second: less than this says nothing.
+MIN_WATCHED_SECONDS = 0.5
+
+
 def find_calibration(file: ModelFile, model: LoadedModel, options: EngineOptions) -> Calibration:
     """The calibration kept beside the model for this file and this machine, or a new one, kept from now on."""
     key = f"{file.digest} {_describe_processor()} {count_cores()} cores, window {model.info.window}"
@@ -245,6 +254,7 @@ def find_calibration(file: ModelFile, model: LoadedModel, options: EngineOptions
     known = _parse_calibration(kept.get(key))
     if known is not None:
         return known
+    others = OtherWork()
     measured = calibrate(
         model.open_context,
         n_vocabulary=model.info.n_vocabulary,
@@ -253,8 +263,35 @@ def find_calibration(file: ModelFile, model: LoadedModel, options: EngineOptions
         window=model.info.window,
     )
     logger.info("Calibrated %s: %s", file.name, measured)
-    _write_sidecar(file.sidecar, {**kept, key: asdict(measured)})
+    n_busy = others.count_busy_cores()
+    if n_busy > MAX_DISTURBED_SHARE * count_cores():
+        # Threads that wait for each other lose most beside others, and would be thought slow for good.
+        logger.info("Other programs kept %.1f of our cores busy meanwhile: measured again at the next load", n_busy)
+    else:
+        _write_sidecar(file.sidecar, {**kept, key: asdict(measured)})
     return measured
+
+
+class OtherWork:
+    """How many of the cores that this process may use others kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._started = self._look()
+
+    def _look(self) -> tuple[float, float, float]:
+        """Time now, of all cores at work, and of this process, in seconds."""
+        times, own = psutil.cpu_times(), self._process.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # Guests are counted a second time, as part of what their hosts run.
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        return time.monotonic(), sum(times) - idle - guests, own.user + own.system
+
+    def count_busy_cores(self) -> float:
+        """Those of a larger machine that are not ours to use are not counted. 0 if that was only a moment ago."""
+        seconds, busy, own = (now - before for now, before in zip(self._look(), self._started, strict=True))
+        n_spare = (os.cpu_count() or 1) - count_cores()
+        return max(0.0, (busy - own) / seconds - n_spare) if seconds >= MIN_WATCHED_SECONDS else 0.0
 
 
 def _parse_calibration(entry: Any) -> Calibration | None:

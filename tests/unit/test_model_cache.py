@@ -23,6 +23,7 @@ from llama_embeddings.inference.fake_backend import FakeBackend, FakeModel
 from llama_embeddings.inference.model_cache import (
     EngineOptions,
     ModelCache,
+    OtherWork,
     choose_limits,
     count_cores,
     find_calibration,
@@ -389,6 +390,51 @@ async def test_calibration_is_kept_in_the_sidecar_and_read_again(
     await touch(open_cache(MEASURED), file)
     assert len(backend.passes) == n_passes
     assert json.loads(file.sidecar.read_text()) == kept
+
+
+async def test_calibration_beside_other_programs_is_not_kept(
+    backend: SizedBackend,
+    open_cache: Callable[..., ModelCache],
+    make_file: Callable[..., ModelFile],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It serves for now; the next load measures again."""
+    file = make_file("a")
+    with monkeypatch.context() as patched:
+        patched.setattr(OtherWork, "count_busy_cores", lambda _: 0.5 * count_cores())
+        await touch(open_cache(MEASURED), file)
+    assert not file.sidecar.exists()
+    n_passes = len(backend.passes)
+    await touch(open_cache(MEASURED), file)
+    assert len(backend.passes) > n_passes
+    assert file.sidecar.exists()
+
+
+@pytest.mark.parametrize(
+    ("n_cores", "n_ours", "seconds", "busy", "own", "expected"),
+    [
+        (2, 2, 2.0, 4.0, 3.0, 0.5),
+        (2, 2, 2.0, 3.0, 3.1, 0.0),
+        (8, 2, 2.0, 10.0, 3.0, 0.0),
+        (8, 2, 2.0, 16.0, 3.0, 0.5),
+        (2, 2, 0.1, 0.2, 0.0, 0.0),
+    ],
+)
+def test_other_programs_count_where_they_take_our_cores(
+    n_cores: int,
+    n_ours: int,
+    seconds: float,
+    busy: float,
+    own: float,
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not on the cores of a larger machine that are not ours; and a moment says nothing."""
+    monkeypatch.setattr("os.cpu_count", lambda: n_cores)
+    monkeypatch.setattr("llama_embeddings.inference.model_cache.count_cores", lambda: n_ours)
+    looks = iter([(10.0, 100.0, 20.0), (10.0 + seconds, 100.0 + busy, 20.0 + own)])
+    monkeypatch.setattr(OtherWork, "_look", lambda _: next(looks))
+    assert OtherWork().count_busy_cores() == pytest.approx(expected)
 
 
 async def test_calibration_of_another_file_or_window_does_not_count(
