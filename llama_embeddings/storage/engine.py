@@ -11,10 +11,10 @@ Knows no tables, and decides nothing about retries: it says what kind of fault a
 from __future__ import annotations
 
 import enum
-import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -250,45 +250,48 @@ def insert_unless_present(table: Table) -> Insert:
     return sqlite_insert(table).on_conflict_do_nothing()
 
 
-def make_plain_insert(table: Table, *columns: str) -> str:
-    """The same as SQL with a place for each column, for `insert_row` and `insert_rows`."""
-    names = ", ".join(table.c[column].name for column in columns)
-    places = ", ".join("?" * len(columns))
-    return f"INSERT INTO {table.name} ({names}) VALUES ({places}) ON CONFLICT DO NOTHING"  # noqa: S608 - our own words
+@dataclass(frozen=True, slots=True)
+class PlainInsert:
+    """The same past SQLAlchemy, whose handling of parameters and rows takes longer than SQLite takes to insert them.
 
-
-def insert_row(connection: Connection, statement: str, row: Sequence[Any]) -> int | None:
-    """Insert one row by a plain INSERT; its id, or None if it is there already.
-
-    Past SQLAlchemy, whose handling of a statement's parameters and rows takes longer than SQLite takes to insert:
-    0.23 ms instead of 0.1 for a transaction of one row, and more where the processor's caches are the engine's.
+    A transaction of one row takes 0.13 ms instead of 0.23, and 0.5 instead of 0.7 where the processor's caches are the
+    engine's.
     """
-    cursor = connection.connection.cursor()
-    cursor.execute(statement, row)
-    return cursor.lastrowid if cursor.rowcount else None
 
+    table: str
+    columns: tuple[str, ...]
 
-def insert_rows(connection: Connection, statement: str, rows: Sequence[Sequence[Any]]) -> int:
-    """Insert rows in the same way, many with each statement; how many were not there already."""
-    cursor = connection.connection.cursor()
-    n_whole = len(rows) - len(rows) % ROWS_PER_INSERT
-    n_inserted = 0
-    if n_whole:
-        whole = _repeat_places(statement, ROWS_PER_INSERT)
-        for start in range(0, n_whole, ROWS_PER_INSERT):
-            cursor.execute(whole, [*chain.from_iterable(rows[start : start + ROWS_PER_INSERT])])
+    @classmethod
+    def into(cls, table: Table, *columns: str) -> PlainInsert:
+        """Rows of values for these columns, in this order."""
+        return cls(table.name, tuple(table.c[column].name for column in columns))
+
+    def insert_row(self, connection: Connection, row: Sequence[Any]) -> int | None:
+        """The id of the new row, or None if it is there already."""
+        cursor = connection.connection.cursor()
+        cursor.execute(_render_insert(self, 1), row)
+        return cursor.lastrowid if cursor.rowcount else None
+
+    def insert_rows(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> int:
+        """Many with each statement; how many were not there already."""
+        cursor = connection.connection.cursor()
+        n_inserted = 0
+        for start in range(0, len(rows), ROWS_PER_INSERT):
+            part = rows[start : start + ROWS_PER_INSERT]
+            if len(part) == ROWS_PER_INSERT:
+                cursor.execute(_render_insert(self, ROWS_PER_INSERT), [*chain.from_iterable(part)])
+            else:
+                cursor.executemany(_render_insert(self, 1), part)
             n_inserted += cursor.rowcount
-    if n_whole < len(rows):
-        cursor.executemany(statement, rows[n_whole:])
-        n_inserted += cursor.rowcount
-    return n_inserted
+        return n_inserted
 
 
-@lru_cache(maxsize=16)
-def _repeat_places(statement: str, count: int) -> str:
-    """A plain INSERT of one row as one of many."""
-    head, places, tail = re.fullmatch(r"(.* VALUES )(\(.*\))( ON CONFLICT .*)", statement).groups()  # type: ignore[union-attr]
-    return f"{head}{', '.join([places] * count)}{tail}"
+@lru_cache(maxsize=64)
+def _render_insert(insert: PlainInsert, n_rows: int) -> str:
+    places = f"({', '.join('?' * len(insert.columns))})"
+    target = f"{insert.table} ({', '.join(insert.columns)})"
+    # The program's own words, never a caller's.
+    return f"INSERT INTO {target} VALUES {', '.join([places] * n_rows)} ON CONFLICT DO NOTHING"  # noqa: S608
 
 
 def fetch_by_ids(connection: Connection, columns: str, table: str, row_ids: Sequence[int]) -> Sequence[Any]:

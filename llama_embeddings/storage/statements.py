@@ -44,7 +44,7 @@ from embeddings_data_models import (
     TokenLevelEmbeddingBundle,
     TokenLevelEmbeddingBundleCombinedFeatureVector,
 )
-from llama_embeddings.storage.engine import insert_or_overwrite, insert_unless_present, make_plain_insert
+from llama_embeddings.storage.engine import PlainInsert, insert_or_overwrite, insert_unless_present
 
 collections = cast(Table, Collection.__table__)
 embeddings = cast(Table, TextEmbedding.__table__)
@@ -83,7 +83,7 @@ def _make_read_digits(table: Table, column: str) -> TextClause:
             ORDER BY {column}
             LIMIT :limit
         ) AS page
-    """)  # noqa: S608 - our own words
+    """)  # noqa: S608 - the program's own words
 
 
 # Of a row that a request made; see `writes._describe_request`.
@@ -144,7 +144,7 @@ FIND_EMBEDDING_IDS = select(embeddings.c.text_hash, embeddings.c.id, embeddings.
     _is_any_of(embeddings.c.text_hash, "text_hashes"), *_IS_WANTED_RECIPE
 )
 
-INSERT_EMBEDDING = make_plain_insert(
+INSERT_EMBEDDING = PlainInsert.into(
     embeddings,
     "text",
     "text_hash",
@@ -287,7 +287,7 @@ FIND_TOKENS = (
     .order_by(tokens.c.position)
 )
 
-INSERT_BUNDLE = make_plain_insert(
+INSERT_BUNDLE = PlainInsert.into(
     bundles,
     "input_text",
     "input_text_hash",
@@ -298,7 +298,7 @@ INSERT_BUNDLE = make_plain_insert(
     "embeddings",
     *_REQUEST_COLUMNS,
 )
-INSERT_TOKEN = make_plain_insert(
+INSERT_TOKEN = PlainInsert.into(
     tokens,
     "token",
     "token_hash",
@@ -308,7 +308,7 @@ INSERT_TOKEN = make_plain_insert(
     "token_level_embedding_bundle_id",
     *_REQUEST_COLUMNS,
 )
-INSERT_FEATURE_VECTOR = make_plain_insert(
+INSERT_FEATURE_VECTOR = PlainInsert.into(
     feature_vectors,
     "token_level_embedding_bundle_id",
     "model_name",

@@ -34,7 +34,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import Unavailable
 from llama_embeddings.storage import full_text, statements
-from llama_embeddings.storage.engine import MAX_LIST_LENGTH, insert_row, insert_rows, overwriting_deleted, touch
+from llama_embeddings.storage.engine import MAX_LIST_LENGTH, overwriting_deleted, touch
 
 Element = TypeVar("Element")
 
@@ -101,7 +101,7 @@ def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbe
     if rows:
         collection_ids = _resolve_collections(connection, {row.collection for row in rows})
         for row in rows:
-            row_id = insert_row(connection, statements.INSERT_EMBEDDING, _describe_embedding(row, collection_ids))
+            row_id = statements.INSERT_EMBEDDING.insert_row(connection, _describe_embedding(row, collection_ids))
             if row_id is not None:
                 ids[_key(row)] = row_id
         # What was there already, or came twice, is passed over by the insertion.
@@ -148,7 +148,7 @@ def _import_batch(connection: Connection, batch: BulkEmbeddings) -> int:
     moment = _as_text(_without_zone(batch.stamp.request_time))
     before, after = (batch.model_name, batch.recipe), (0, 0, collection_id, batch.stamp.ip_address, moment, moment, 0)
     rows = [(batch.texts[place], hashes[place], *before, vectors[place].data, *after) for place in order]
-    n_new = insert_rows(connection, statements.INSERT_EMBEDDING, rows)
+    n_new = statements.INSERT_EMBEDDING.insert_rows(connection, rows)
     if n_new < len(set(hashes)):
         _place_imported(connection, batch, hashes, collection_id)
     return n_new
@@ -304,13 +304,13 @@ def insert_bundles(connection: Connection, new_bundles: Sequence[NewTokenLevelBu
 
 
 def _insert_bundle(connection: Connection, bundle: NewTokenLevelBundle) -> int:
-    bundle_id = insert_row(connection, statements.INSERT_BUNDLE, _describe_bundle(bundle))
+    bundle_id = statements.INSERT_BUNDLE.insert_row(connection, _describe_bundle(bundle))
     if bundle_id is None:
         key = {"text_hash": bundle.text_hash, "model_name": bundle.model_name, "recipe": bundle.recipe}
         known_id: int = connection.execute(statements.FIND_BUNDLE_ID, key).scalar_one()
         return known_id
-    insert_row(connection, statements.INSERT_FEATURE_VECTOR, _describe_feature_vector(bundle, bundle_id))
-    insert_rows(connection, statements.INSERT_TOKEN, _describe_tokens(bundle, bundle_id))
+    statements.INSERT_FEATURE_VECTOR.insert_row(connection, _describe_feature_vector(bundle, bundle_id))
+    statements.INSERT_TOKEN.insert_rows(connection, _describe_tokens(bundle, bundle_id))
     return bundle_id
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, event, select
 from sqlalchemy.orm import Session
 
 from embeddings_data_models import (
+    BulkEmbeddings,
     Document,
     DocumentJob,
     EmbeddingGroup,
@@ -627,6 +628,30 @@ async def test_hashes_of_texts_with_token_embeddings_are_read(store: EmbeddingSt
     await store.add_embeddings([make_embedding("d")])
     read = "".join([part async for part in store.read_digits_of_bundle_hashes(25, 25, rows_per_read=2)])
     assert read == "".join(text_hash[25:50] for text_hash in sorted(bundle.text_hash for bundle in bundles))
+
+
+@pytest.mark.parametrize("count", [1, 49, 50, 51, 137])
+async def test_imports_of_any_length_count_and_keep_what_is_new(store: EmbeddingStore, count: int) -> None:
+    """Some rows are there before, and one comes twice."""
+    texts = [str(number) for number in range(count)]
+    known = await store.add_embeddings([make_embedding(text) for text in texts[::7]])
+    vectors = np.stack([make_vector(text) for text in [*texts, texts[-1]]])
+    rows = BulkEmbeddings([*texts, texts[-1]], vectors, MODEL, RECIPE, stamp=STAMP)
+    assert await store.import_embeddings(rows) == count - len(known)
+    found = await store.find_embeddings([compute_text_hash(text) for text in texts], MODEL, RECIPE)
+    assert len(found) == count
+    for text in texts:
+        np.testing.assert_array_equal(found[compute_text_hash(text)].vector, make_vector(text))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 50, 120])
+async def test_bundles_of_any_length_keep_their_tokens(store: EmbeddingStore, n_tokens: int) -> None:
+    """In their order."""
+    bundle = make_bundle("so cold", [f"token {number}" for number in range(n_tokens)])
+    await store.add_token_level_bundle(bundle)
+    found = await store.find_token_level_bundle(bundle.text_hash, MODEL, RECIPE)
+    assert found is not None
+    assert found.tokens == bundle.tokens
 
 
 async def test_readers_cannot_write(store: EmbeddingStore) -> None:
