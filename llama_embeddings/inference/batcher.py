@@ -447,10 +447,10 @@ class Batcher:
         return bool(served)
 
     def _choose_share_of_callers(self) -> int:
-        """How many small groups may go into the next pass: all, or a share if no worker is to run dry after it."""
+        """How many small groups may go into the next pass: all, or a share if the one after it were empty else."""
         n_workers = len(self._contexts)
         n_waiting = len(self._queue.small)
-        if n_workers == 1 or self._queue.n_busy_workers < n_workers - 1:
+        if n_workers == 1 or self._queue.large or self._queue.n_busy_workers < n_workers - 1:
             return n_waiting
         return math.ceil((n_waiting + sum(self._n_callers)) / (n_workers + 1))
 

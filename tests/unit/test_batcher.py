@@ -358,8 +358,14 @@ async def test_texts_on_an_idle_engine_are_shared_among_the_workers(
     assert backend.passes == [[10] * 4] * 2
 
 
-async def test_worker_leaves_others_callers_to_the_next_pass(open_batcher: Callable[..., Batcher]) -> None:
-    """Of twelve callers, four in each worker's pass, and four that the first to end finds waiting."""
+@pytest.mark.parametrize(("n_large", "n_taken"), [(0, 4), (1, 10)])
+async def test_worker_leaves_others_callers_to_the_next_pass(
+    open_batcher: Callable[..., Batcher], n_large: int, n_taken: int
+) -> None:
+    """Of twelve callers, four in each worker's pass, and four that the first to end finds waiting.
+
+    Not where a large group is there for it anyway: then all of them go first.
+    """
     gates: list[threading.Event] = []
     passes: list[int] = []
 
@@ -376,10 +382,10 @@ async def test_worker_leaves_others_callers_to_the_next_pass(open_batcher: Calla
     batcher = open_batcher(open_gated, n_workers=2, token_budget=512)
     blockers = await hand_in(batcher, *([job] for job in make_jobs([BLOCKER_LENGTH] * 2)))
     await wait_until(lambda: len(passes) == 2)
-    tasks = await hand_in(batcher, *([job] for job in make_jobs([10] * 10)))
+    tasks = await hand_in(batcher, *([job] for job in make_jobs([10] * 10)), *[make_jobs([300, 300])] * n_large)
     gates[0].set()
-    await wait_until(lambda: sum(passes) == 12)
-    assert passes[2] == 4
+    await wait_until(lambda: sum(passes) == 12 + 2 * n_large)
+    assert passes[2] in (n_taken, n_taken + n_large)
     gates[1].set()
     await asyncio.gather(*blockers, *tasks)
 
