@@ -100,5 +100,6 @@ async def test_short_way_is_taken_by_plain_requests(
     monkeypatch.setattr(services.embeddings, "get_or_compute", note)
     monkeypatch.setattr("fastapi.routing.run_endpoint_function", None)
     assert (await ask(running, NATIVE, '{"text": "short"}', JSON)).status_code == 200
+    assert (await ask(running, TOKEN_LEVEL, '{"text": "short"}', JSON)).status_code == 200
     assert (await ask(running, NATIVE, '{"text": "long"}', LONG_WAY)).status_code == 500
     assert seen == ["short"]
