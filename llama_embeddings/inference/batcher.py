@@ -34,6 +34,7 @@ import numpy as np
 from llama_embeddings.errors import InferenceFailed, Overloaded, ServiceError, ShuttingDown
 from llama_embeddings.inference.backend import Context, Pooling
 from llama_embeddings.inference.pooling import normalise, pool_rows
+from llama_embeddings.inference.tiles import MAX_CANDIDATES, TILE, arrange, find_filling
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +113,37 @@ class _Group:
     n_open: int
     cancelled: bool = False
 
-    def take_fitting(self, room: int) -> int | None:
-        """Take out the longest job of at most `room` tokens."""
-        place = bisect_right(self.waiting, room, key=lambda position: len(self.jobs[position].tokens))
-        if not place:
-            return None
-        position = self.waiting.pop(place - 1)
-        self.n_waiting_tokens -= len(self.jobs[position].tokens)
-        return position
+    def take_fitting(self, room: int, *, offset: int, max_count: int) -> list[int]:
+        """Take out the longest job of at most `room` tokens, and those that fill attention's tiles with it.
+
+        `offset`: how many tokens are before it in the pass.
+        """
+        n_fitting = bisect_right(self.waiting, room, key=self._length)
+        if not n_fitting:
+            return []
+        places = [n_fitting - 1]
+        # Some of every length: of those that are as long as the first, few would add up to anything.
+        candidates = range(n_fitting - 2, -1, -max(1, math.ceil((n_fitting - 1) / MAX_CANDIDATES)))
+        filling = find_filling(
+            self._length(self.waiting[n_fitting - 1]),
+            [self._length(self.waiting[place]) for place in candidates],
+            room=room,
+            offset=offset % TILE,
+        )
+        places += (candidates[number] for number in filling or ())
+        positions = [self.waiting[place] for place in places[:max_count]]
+        for place in sorted(places[:max_count], reverse=True):
+            del self.waiting[place]
+        self.n_waiting_tokens -= sum(map(self._length, positions))
+        return positions
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest job that waits."""
+        return self._length(self.waiting[-1])
+
+    def _length(self, position: int) -> int:
+        return len(self.jobs[position].tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,28 +164,29 @@ class _Pass:
 
     room: int
     n_places: int
-    # The first text may be longer than the budget: the budget is for company.
-    room_for_first: int
+    # A text may be longer than the budget if it is alone: the budget is for company.
+    room_for_lone: int
     entries: list[_Entry] = field(default_factory=list)
-
-    def take_one(self, group: _Group, reserved: int = 0) -> bool:
-        """Take the group's longest text that fits, leaving so many tokens free; whether there was one."""
-        if len(self.entries) >= self.n_places:
-            return False
-        position = group.take_fitting(self.room - reserved if self.entries else self.room_for_first)
-        if position is None:
-            return False
-        self.entries.append(_Entry(group, position))
-        self.room -= len(group.jobs[position].tokens)
-        return True
+    n_tokens: int = 0
 
     def take_all(self, group: _Group, reserved: int = 0) -> bool:
-        """Take what fits of a group; whether anything did."""
-        if not self.take_one(group, reserved):
-            return False
-        while group.waiting and self.take_one(group, reserved):
+        """Take what fits of a group, leaving so many tokens free; whether anything did."""
+        n_before = len(self.entries)
+        while group.waiting and self._take_some(group, reserved):
             pass
-        return True
+        return len(self.entries) > n_before
+
+    def _take_some(self, group: _Group, reserved: int) -> bool:
+        n_places = self.n_places - len(self.entries)
+        if n_places <= 0:
+            return False
+        room = self.room - reserved - self.n_tokens
+        if not self.entries and group.longest > room:
+            room, n_places = self.room_for_lone, 1
+        positions = group.take_fitting(room, offset=self.n_tokens, max_count=n_places)
+        self.entries += (_Entry(group, position) for position in positions)
+        self.n_tokens += sum(len(group.jobs[position].tokens) for position in positions)
+        return bool(positions)
 
 
 @dataclass(slots=True)
@@ -409,7 +434,8 @@ class Batcher:
             is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and queue.is_empty
             queue.n_busy_workers += 1
             queue.n_texts_in_flight += len(entries)
-        return entries, self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
+        n_threads = self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
+        return _in_tiles(entries), n_threads
 
     def _take(self, number: int, context: Context) -> list[_Entry]:
         """Fill a pass: from small groups first, but for a share that large ones get while they wait."""
@@ -429,7 +455,7 @@ class Batcher:
         has_large |= self._fill_from_large(taken)
         queue.is_large_due = bool(queue.large) and not has_large
         queue.n_texts -= len(taken.entries)
-        queue.n_tokens -= sum(len(entry.job.tokens) for entry in taken.entries)
+        queue.n_tokens -= taken.n_tokens
         return taken.entries
 
     def _fill_from_large(self, taken: _Pass) -> bool:
@@ -461,7 +487,10 @@ class Batcher:
     def _room_for_pass(self, context: Context) -> int:
         """The token budget, or a fair share of what waits if that is less and other workers have nothing to do."""
         n_idle = max(1, len(self._threads) - self._queue.n_busy_workers)
-        return min(self._limits.token_budget, context.max_tokens, math.ceil(self._queue.n_tokens / n_idle))
+        share = math.ceil(self._queue.n_tokens / n_idle)
+        if share > TILE:
+            share += -share % TILE
+        return min(self._limits.token_budget, context.max_tokens, share)
 
     def _finish_pass(self, entries: Sequence[_Entry]) -> None:
         with self._queue.lock:
@@ -551,6 +580,10 @@ class Batcher:
         # Once for each loop: its thread wakes up at the first call, and would only get in the way of the others.
         for loop, groups in complete.items():
             loop.call_soon_threadsafe(_answer, groups)
+
+
+def _in_tiles(entries: Sequence[_Entry]) -> list[_Entry]:
+    return [entries[position] for position in arrange([len(entry.job.tokens) for entry in entries])]
 
 
 def _fill_from_small(taken: _Pass, line: deque[_Group], *, reserved: int, n_groups: int) -> int:

@@ -19,6 +19,7 @@ from llama_embeddings.errors import InferenceFailed, ModelUnusable, Overloaded, 
 from llama_embeddings.inference.backend import Context, Pooling
 from llama_embeddings.inference.batcher import Batcher, BatcherLimits, Job, JobResult
 from llama_embeddings.inference.fake_backend import FakeBackend, FakeModel
+from llama_embeddings.inference.tiles import TILE
 
 N_THREADS_FOR_LONE_TEXT = 4
 # A text that keeps a worker busy at the closed gate; no other text in these tests has its length.
@@ -187,6 +188,36 @@ async def test_pass_closes_at_the_token_budget(backend: FakeBackend, open_batche
     assert passes_after_blockers(backend) == [[10] * 6] * 5
 
 
+async def test_pass_is_made_of_texts_that_fill_whole_tiles(
+    backend: FakeBackend, open_batcher: Callable[..., Batcher]
+) -> None:
+    """Of 64 texts of 6 to 10 tokens in one group all passes but the last are three whole tiles."""
+    batcher = open_batcher(token_budget=3 * TILE)
+    lengths = np.random.default_rng(3).integers(6, 11, 64).tolist()
+    async with closed_gate(backend, batcher):
+        [task] = await hand_in(batcher, make_jobs(lengths))
+    await task
+    *passes, last = passes_after_blockers(backend)
+    assert sorted(chain(last, *passes)) == sorted(lengths)
+    assert passes
+    for lengths_of_pass in passes:
+        borders = [end for end in np.cumsum(lengths_of_pass) if end % TILE == 0]
+        assert borders == [TILE, 2 * TILE, 3 * TILE]
+
+
+async def test_texts_of_many_callers_are_ordered_by_tiles(
+    backend: FakeBackend, open_batcher: Callable[..., Batcher]
+) -> None:
+    """Two of 40 and two of 24 tokens lie side by side, in whatever order they came; each gets its own vector."""
+    batcher = open_batcher(token_budget=192)
+    jobs = make_jobs([24, 24, 40, 40])
+    async with closed_gate(backend, batcher):
+        tasks = await hand_in(batcher, *([job] for job in jobs))
+    for job, outcomes in zip(jobs, await asyncio.gather(*tasks), strict=True):
+        assert_same_as_alone([job], outcomes)
+    assert passes_after_blockers(backend) == [[40, 24, 40, 24]]
+
+
 async def test_pass_closes_at_the_sequence_limit_of_the_context(
     backend: FakeBackend, open_batcher: Callable[..., Batcher]
 ) -> None:
@@ -204,7 +235,7 @@ async def test_pass_closes_when_nothing_more_waits(backend: FakeBackend, open_ba
     async with closed_gate(backend, batcher):
         tasks = await hand_in(batcher, *([job] for job in make_jobs([5, 6, 7])))
     await asyncio.gather(*tasks)
-    assert passes_after_blockers(backend) == [[5, 6, 7]]
+    assert [sorted(lengths) for lengths in passes_after_blockers(backend)] == [[5, 6, 7]]
 
 
 async def test_text_longer_than_the_budget_is_computed_alone(
