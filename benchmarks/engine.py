@@ -92,6 +92,15 @@ def our_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 @contextmanager
+def bare_server() -> Iterator[str]:
+    """FastAPI and our engine, with nothing else around them."""
+    port = find_free_port()
+    url = f"http://127.0.0.1:{port}"
+    with running([sys.executable, "-m", "benchmarks.bare_server", str(MODEL), str(port)], url, "/health"):
+        yield url
+
+
+@contextmanager
 def peer_server() -> Iterator[str]:
     """llama-cpp-python's own server, all cores, embeddings on."""
     port = find_free_port()
@@ -179,6 +188,25 @@ def measure_throughput(rounds: Rounds, n_rounds: int, seconds: float, lengths: l
                 )["texts_per_second"]  # fmt: skip
                 rounds.note(f"{name}, {tokens} tokens", rate, ceiling["texts_per_second"])
                 print(number, tokens, name, f"{rate:.1f}", ceiling, file=sys.stderr, flush=True)
+
+
+def measure_bare(rounds: Rounds, n_rounds: int, seconds: float) -> None:
+    """Both loads of short texts on a server that does the least a server can: what HTTP leaves of the ceiling."""
+    with our_server() as (url, _), bare_server() as bare_url:
+        for _ in range(n_rounds):
+            seed = int(time.time())
+            ceiling = run_module("ceiling", MODEL, "--tokens", 8, "--seconds", seconds, "--seed", seed)
+            for name, clients, texts in (("4 clients, 32 texts", 4, 32), ("16 clients, 1 text", 16, 1)):
+                ours, bare = (
+                    load(
+                        server, OPENAI_PATH, clients=clients, texts=texts, tokens=8, seconds=seconds,
+                        seed=seed + offset,
+                    )["texts_per_second"]
+                    for offset, server in enumerate((url, bare_url))
+                )  # fmt: skip
+                rounds.note(f"{name}, 8 tokens", ours, ceiling["texts_per_second"])
+                rounds.note(f"bare server, {name}, 8 tokens", bare, ceiling["texts_per_second"])
+                print(name, f"{ours:.1f} {bare:.1f}", ceiling, file=sys.stderr, flush=True)
 
 
 def measure_lone(rounds: Rounds, n_rounds: int, seconds: float) -> None:
@@ -285,6 +313,7 @@ def measure_memory(rounds: Rounds, _n_rounds: int, _seconds: float) -> None:
 
 STAGES: dict[str, Callable[[Rounds, int, float], None]] = {
     "throughput": lambda rounds, n, seconds: measure_throughput(rounds, n, seconds, [35, 8, 200]),
+    "bare": measure_bare,
     "lone": measure_lone,
     "peer": measure_peer,
     "disturbed": measure_disturbed,
@@ -293,6 +322,7 @@ STAGES: dict[str, Callable[[Rounds, int, float], None]] = {
     "memory": measure_memory,
 }
 WANTED = {
+    "bare server": ("what a server can reach", "texts/s"),
     "engine alone": ("the limit of 16 clients", "texts/s"),
     "4 clients, 32 texts": ("at least 0.92", "texts/s"),
     "16 clients, 1 text": ("at least 0.85", "texts/s"),
