@@ -200,7 +200,7 @@ def measure_bare(rounds: Rounds, n_rounds: int, seconds: float) -> None:
                 ours, bare = (
                     load(
                         server, OPENAI_PATH, clients=clients, texts=texts, tokens=8, seconds=seconds,
-                        seed=seed + offset,
+                        seed=seed + clients + offset,
                     )["texts_per_second"]
                     for offset, server in enumerate((url, bare_url))
                 )  # fmt: skip
