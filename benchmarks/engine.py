@@ -33,6 +33,8 @@ TOKEN_LEVEL_PATH = (
 )
 START_TIMEOUT_SECONDS = 120
 TURNS_PER_CLIENT = 8
+# Less than this model computes on two cores, so that a turn is not thought shorter than it is.
+LEAST_TOKENS_PER_SECOND = 6_000
 # What libgomp does unless it is told otherwise; our backend tells it to spin less.
 LIBGOMP_SPINCOUNT = "300000"
 
@@ -165,48 +167,71 @@ def load(url: str, path: str, *, clients: int, texts: int, tokens: int, seconds:
     )  # fmt: skip
 
 
+class Ceiling:
+    """The ceiling before and after each measurement: a machine that slows down meanwhile slows one of them, too."""
+
+    def __init__(self, tokens: int, seconds: float) -> None:
+        self._tokens = tokens
+        self._seconds = seconds
+        self._before = self._measure()
+
+    def _measure(self) -> float:
+        ceiling = run_module(
+            "ceiling", MODEL, "--tokens", self._tokens, "--seconds", self._seconds, "--seed", int(time.time())
+        )
+        print("ceiling", ceiling, file=sys.stderr, flush=True)
+        return float(ceiling["texts_per_second"])
+
+    def enclose(self) -> float:
+        """Texts per second, the mean of the measurement before and of one now, which is the next one's before."""
+        before, self._before = self._before, self._measure()
+        return (before + self._before) / 2
+
+
+# The two loads: how many clients, and how many texts a request.
+LOADS = {"4 clients, 32 texts": (4, 32), "16 clients, 1 text": (16, 1)}
+
+
 def measure_throughput(rounds: Rounds, n_rounds: int, seconds: float, lengths: list[int]) -> None:
     """Both loads against the ceiling, at each length of text."""
     with our_server() as (url, _):
-        for number, tokens in ((number, tokens) for number in range(n_rounds) for tokens in lengths):
-            seed = int(time.time())
-            ceiling = run_module("ceiling", MODEL, "--tokens", tokens, "--seconds", seconds, "--seed", seed)
+        for tokens in lengths:
+            ceiling = Ceiling(tokens, seconds)
+            for _ in range(n_rounds):
+                for name, (clients, texts) in LOADS.items():
+                    # Several answers of each client, or the edges of the measured time decide.
+                    enough = TURNS_PER_CLIENT * clients * texts * tokens / LEAST_TOKENS_PER_SECOND
+                    rate = load(
+                        url, OPENAI_PATH, clients=clients, texts=texts, tokens=tokens, seconds=max(seconds, enough),
+                        seed=int(time.time()) + clients,
+                    )["texts_per_second"]  # fmt: skip
+                    rounds.note(f"{name}, {tokens} tokens", rate, ceiling.enclose())
+                    print(tokens, name, f"{rate:.1f}", file=sys.stderr, flush=True)
+
+
+def measure_few(rounds: Rounds, n_rounds: int, seconds: float) -> None:
+    """What the engine alone gives with as many texts in flight as 16 clients send."""
+    for tokens in (35, 8):
+        ceiling = Ceiling(tokens, seconds)
+        for _ in range(n_rounds):
             few = run_module(
-                "ceiling", MODEL, "--in-flight", 16, "--tokens", tokens, "--seconds", seconds, "--seed", seed
-            )
-            rounds.note(
-                f"engine alone, 16 texts in flight, {tokens} tokens",
-                few["texts_per_second"],
-                ceiling["texts_per_second"],
-            )
-            for name, clients, texts in (("4 clients, 32 texts", 4, 32), ("16 clients, 1 text", 16, 1)):
-                # Several answers of each client, or the edges of the measured time decide.
-                enough = TURNS_PER_CLIENT * clients * texts / ceiling["texts_per_second"]
-                rate = load(
-                    url, OPENAI_PATH, clients=clients, texts=texts, tokens=tokens, seconds=max(seconds, enough),
-                    seed=seed + clients,
-                )["texts_per_second"]  # fmt: skip
-                rounds.note(f"{name}, {tokens} tokens", rate, ceiling["texts_per_second"])
-                print(number, tokens, name, f"{rate:.1f}", ceiling, file=sys.stderr, flush=True)
+                "ceiling", MODEL, "--in-flight", 16, "--tokens", tokens, "--seconds", seconds, "--seed",
+                int(time.time()),
+            )["texts_per_second"]  # fmt: skip
+            rounds.note(f"engine alone, 16 texts in flight, {tokens} tokens", few, ceiling.enclose())
 
 
 def measure_bare(rounds: Rounds, n_rounds: int, seconds: float) -> None:
     """Both loads of short texts on a server that does the least a server can: what HTTP leaves of the ceiling."""
-    with our_server() as (url, _), bare_server() as bare_url:
+    with bare_server() as url:
+        ceiling = Ceiling(8, seconds)
         for _ in range(n_rounds):
-            seed = int(time.time())
-            ceiling = run_module("ceiling", MODEL, "--tokens", 8, "--seconds", seconds, "--seed", seed)
-            for name, clients, texts in (("4 clients, 32 texts", 4, 32), ("16 clients, 1 text", 16, 1)):
-                ours, bare = (
-                    load(
-                        server, OPENAI_PATH, clients=clients, texts=texts, tokens=8, seconds=seconds,
-                        seed=seed + clients + offset,
-                    )["texts_per_second"]
-                    for offset, server in enumerate((url, bare_url))
-                )  # fmt: skip
-                rounds.note(f"{name}, 8 tokens", ours, ceiling["texts_per_second"])
-                rounds.note(f"bare server, {name}, 8 tokens", bare, ceiling["texts_per_second"])
-                print(name, f"{ours:.1f} {bare:.1f}", ceiling, file=sys.stderr, flush=True)
+            for name, (clients, texts) in LOADS.items():
+                rate = load(
+                    url, OPENAI_PATH, clients=clients, texts=texts, tokens=8, seconds=seconds,
+                    seed=int(time.time()) + clients,
+                )["texts_per_second"]  # fmt: skip
+                rounds.note(f"bare server, {name}, 8 tokens", rate, ceiling.enclose())
 
 
 def measure_lone(rounds: Rounds, n_rounds: int, seconds: float) -> None:
@@ -313,6 +338,7 @@ def measure_memory(rounds: Rounds, _n_rounds: int, _seconds: float) -> None:
 
 STAGES: dict[str, Callable[[Rounds, int, float], None]] = {
     "throughput": lambda rounds, n, seconds: measure_throughput(rounds, n, seconds, [35, 8, 200]),
+    "few": measure_few,
     "bare": measure_bare,
     "lone": measure_lone,
     "peer": measure_peer,
