@@ -97,7 +97,10 @@ def measure(
 def measure_ceiling(
     model: LoadedModel, n_tokens: int, *, seconds: float, seed: int, in_tiles: bool = False
 ) -> dict[str, float | str | int]:
-    """The best of all budgets and layouts: a short run of each, then a long one of the three best."""
+    """The best of all budgets and layouts: a short run of each, a longer one of the three best, and the winner's own.
+
+    Only the last counts: the best of three on a machine with ups and downs is its best moment, not its speed.
+    """
     contexts = [model.open_context() for _ in range(2)]
     texts = make_texts(n_tokens, seed=seed)
     n_trial = max(8, int(30 * 35 / n_tokens))
@@ -112,11 +115,12 @@ def measure_ceiling(
     run(256, "2 contexts of 1 thread", n_trial)
     trials = {(budget, layout): run(budget, layout, n_trial) for budget in BUDGETS for layout in LAYOUTS}
     finalists = sorted(trials, key=lambda choice: trials[choice])[-3:]
-    results = {choice: run(*choice, int(trials[choice] * seconds / 3)) for choice in finalists}
+    results = {choice: run(*choice, int(trials[choice] * seconds / 9)) for choice in finalists}
     best = max(results, key=lambda choice: results[choice])
+    rate = run(*best, int(results[best] * seconds * 2 / 3))
     for context in contexts:
         context.close()
-    return {"texts_per_second": results[best], "budget": best[0], "layout": best[1]}
+    return {"texts_per_second": rate, "budget": best[0], "layout": best[1]}
 
 
 def measure_with_few_in_flight(

@@ -32,7 +32,7 @@ TOKEN_LEVEL_PATH = (
     "/get_token_level_embeddings_matrix_and_combined_feature_vector_for_string/?send_back_json_or_zip_file=json"
 )
 START_TIMEOUT_SECONDS = 120
-TURNS_PER_CLIENT = 8
+TURNS_PER_CLIENT = 4
 # Less than this model computes on two cores, so that a turn is not thought shorter than it is.
 LEAST_TOKENS_PER_SECOND = 6_000
 # What libgomp does unless it is told otherwise; our backend tells it to spin less.
