@@ -18,10 +18,12 @@ from typing import TypeVar
 import numpy as np
 
 from llama_embeddings.inference.backend import Context
+from llama_embeddings.inference.tiles import TILE
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_TEXT = 35
+# Two fill one of attention's tiles, as the batcher puts texts together: see `tiles`.
+TOKENS_PER_TEXT = TILE // 2
 # Measured in this order, as long as there is time: the likeliest first.
 BUDGET_ORDER = (192, 128, 256, 384, 512)
 # A budget, or a number of threads, must beat the best so far by this factor, so that noise does not decide.
