@@ -58,8 +58,13 @@ def arrange(lengths: Sequence[int]) -> list[int]:
         first, candidates = left[0], left[1 : 1 + MAX_CANDIDATES]
         room = sum(lengths[position] for position in left)
         filling = find_filling(lengths[first], [lengths[position] for position in candidates], room=room)
-        block = [first, *(candidates[number] for number in filling or ())]
-        (loose if filling is None else filled).extend(block)
+        if filling is None:
+            # Nor would those of the same length have one.
+            block = [position for position in left if lengths[position] == lengths[first]]
+            loose += block
+        else:
+            block = [first, *(candidates[number] for number in filling)]
+            filled += block
         taken = set(block)
         left = [position for position in left if position not in taken]
     return filled + loose
