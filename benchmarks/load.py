@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -165,9 +165,8 @@ async def run_clients(
 ) -> dict[str, float]:
     """Texts per second after the warm-up, and the latency of a request at the 50th and 99th percentile.
 
-    A request that lies across an edge of the measured time counts by its share inside: of a few long ones, whole
-    numbers would say little. So that the last are as long as the others, the load goes on until those that were sent
-    in time are answered.
+    So that the last requests are as long as the others, the load goes on until those that were sent in time are
+    answered.
     """
     parts = urlsplit(url)
     assert parts.hostname is not None
@@ -195,15 +194,23 @@ async def run_clients(
                 exchanges.append((sent, time.perf_counter()))
 
     await asyncio.gather(*(work(number) for number in range(n_clients)))
-    shares = sum(max(0.0, min(end, ends) - max(sent, measured_from)) / (end - sent) for sent, end in exchanges)
+    n_inside = count_inside(exchanges, measured_from, ends)
     latencies = np.array([end - sent for sent, end in exchanges if measured_from <= end <= ends])
     return {
-        "texts_per_second": shares * texts_per_request / (ends - measured_from),
+        "texts_per_second": n_inside * texts_per_request / (ends - measured_from),
         "p50_seconds": float(np.median(latencies)),
         "p99_seconds": float(np.quantile(latencies, 0.99)),
         "n_requests": len(latencies),
         "n_texts": len(exchanges) * texts_per_request,
     }
+
+
+def count_inside(exchanges: Iterable[tuple[float, float]], begin: float, end: float) -> float:
+    """How many requests a time saw, of their beginnings and ends: one that lies across an edge by its share inside.
+
+    Of a few long ones, whole numbers would say little.
+    """
+    return sum(max(0.0, min(ended, end) - max(sent, begin)) / (ended - sent) for sent, ended in exchanges)
 
 
 async def poll_health(url: str, seconds: float, interval: float = 0.02) -> dict[str, float]:
