@@ -408,7 +408,7 @@ class Batcher:
             while (taken := self._wait_for_pass(number, context)) is not None:
                 entries, n_threads = taken
                 try:
-                    self._run_pass(context, entries, n_threads)
+                    self._run_pass(context, _in_tiles(entries), n_threads)
                 except BaseException as error:  # whatever it was: nobody may go on waiting for this pass
                     self.failure = error
                     self._hand_over(entries, [InferenceFailed(STOPPED_MESSAGE)] * len(entries))
@@ -434,8 +434,7 @@ class Batcher:
             is_lone = len(entries) == 1 and queue.n_busy_workers == 0 and queue.is_empty
             queue.n_busy_workers += 1
             queue.n_texts_in_flight += len(entries)
-        n_threads = self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
-        return _in_tiles(entries), n_threads
+        return entries, self._limits.n_threads_for_lone_text if is_lone else self._limits.n_threads_per_worker
 
     def _take(self, number: int, context: Context) -> list[_Entry]:
         """Fill a pass: from small groups first, but for a share that large ones get while they wait."""
