@@ -40,7 +40,7 @@ def find_filling(first: int, candidates: Sequence[int], *, room: int, offset: in
 
 
 def _trace(candidates: Sequence[int], reachable: Sequence[int], n_tokens: int) -> list[int]:
-    """The candidates that make so many tokens: each is taken without which its predecessors would not."""
+    """The candidates that make so many tokens: from the last on, each that those before it cannot do without."""
     chosen = []
     for number in range(len(candidates), 0, -1):
         if not reachable[number - 1] >> n_tokens & 1:
