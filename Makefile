@@ -36,6 +36,10 @@ PYTEST_OPTIONS :=
 # Every folder of tests is in one of the two.
 TESTS_WITH_SERVERS := tests/integration tests/e2e tests/clients
 TESTS_WITHOUT_SERVERS := tests/unit tests/api tests/contracts tests/fuzz tests/golden
+# Run a second time, on the newest SQLite instead of Python's, where there is a wheel of it.
+TESTS_OF_SQLITE := tests/unit/test_full_text.py tests/unit/test_store.py tests/unit/test_collections.py \
+	tests/unit/test_migrations.py tests/unit/test_write_queue.py tests/integration/test_upgrade.py \
+	tests/api/test_collections_and_deletions.py
 
 help:
 	@echo 'make run          make the environment, install what is needed, serve in the foreground'
@@ -65,6 +69,10 @@ test: $(INSTALLED_FOR_TESTS) browser tesseract
 	wait $$background; without_servers=$$?; \
 	cat $(VENV)/tests-without-servers.log; \
 	[ $$with_servers = 0 ] && [ $$without_servers = 0 ]
+	@if $(VENV_PYTHON) -c 'import pysqlite3' 2>/dev/null; then \
+		echo 'Once more on the newest SQLite.'; \
+		SQLITE_OF_TESTS=newest $(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS) $(TESTS_OF_SQLITE); \
+	fi
 
 bench: $(INSTALLED_FOR_TESTS) $(PEER_INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.engine

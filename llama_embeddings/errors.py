@@ -24,7 +24,8 @@ and to each dialect's body; a class that is not in its table falls back to its n
     │   ├── RequestTimeout           worked at for too long, and given up
     │   ├── NotReady                 a part of the server is not in order; asked by `/ready` alone
     │   ├── StoreBusy
-    │   └── StoreFull
+    │   ├── StoreFull
+    │   └── FullTextUnavailable      the index of words is being filled; all else goes on
     ├── InferenceFailed              the engine gave no usable vector for this text
     ├── ModelUnusable                a model file that cannot or must not be loaded
     ├── DownloadFailed
@@ -166,6 +167,12 @@ class StoreFull(Unavailable):
     """The database cannot be written: no room on the disk, or a read-only place."""
 
     code = "store_not_writable"
+
+
+class FullTextUnavailable(Unavailable):
+    """The index of words is being filled, or was found damaged and is made anew; the texts are unharmed."""
+
+    code = "full_text_unavailable"
 
 
 class InferenceFailed(ServiceError):

@@ -11,6 +11,7 @@ Knows no tables, and decides nothing about retries: it says what kind of fault a
 from __future__ import annotations
 
 import enum
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -46,6 +47,12 @@ APPLICATION_ID = 0x4C4C454D
 # quick_check reads every page: some milliseconds up to here, many seconds for gigabytes. Larger files are
 # checked as far as their header, their size and their schema.
 QUICK_CHECK_LIMIT_BYTES = 32 * 1024 * 1024
+
+# How SQLite speaks of the index of words, which is no loss: it is made anew from the texts.
+_IS_ABOUT_FULL_TEXT = re.compile("fts5|vtable constructor failed: full_text", re.IGNORECASE)
+
+# Some modules that stand in for `sqlite3` have no names for the extended codes.
+_READONLY_ROLLBACK = sqlite3.SQLITE_READONLY | 3 << 8
 
 _COMMON_PRAGMAS = (
     # Off by default in SQLite; the cascades of the deletes depend on it.
@@ -326,6 +333,20 @@ def write_version(connection: Connection, version: int) -> None:
     connection.exec_driver_sql(f"PRAGMA user_version = {int(version)}")
 
 
+def forget_tables(connection: Connection, tables: Sequence[str]) -> None:
+    """Strike tables out of the schema without touching their contents; part of the transaction that it is called in.
+
+    For tables that cannot be dropped, since SQLite would have to read them. `tables` are the program's own words.
+    """
+    connection.exec_driver_sql("PRAGMA writable_schema = ON")
+    try:
+        for table in tables:
+            connection.exec_driver_sql("DELETE FROM sqlite_master WHERE tbl_name = ?", (table,))
+    finally:
+        # Also has the schema read again.
+        connection.exec_driver_sql("PRAGMA writable_schema = RESET")
+
+
 def touch(connection: Connection) -> None:
     """Write one page without changing anything: proves that the database can be written."""
     write_version(connection, read_version(connection))
@@ -352,29 +373,29 @@ async def vacuum_into(engine: AsyncEngine, target: Path) -> None:
         await copier.dispose()
 
 
-def inspect_file(path: Path, newest_version: int) -> None:
-    """Refuse a file that must not be written to, without changing it.
+def inspect_file(path: Path, newest_version: int) -> bool:
+    """Refuse a file that must not be written to, without changing it. Answers whether its full-text index is damaged.
 
     Raises StoreUnusable for what is no database, a damaged one, one that another program made, and one whose
     version is above `newest_version`. A file that is absent or empty passes.
     """
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return False
     try:
         try:
-            _inspect_in_mode("ro", path, newest_version)
+            return _inspect_in_mode("ro", path, newest_version)
         except sqlite3.OperationalError as error:
             # Killed in its very first transaction, before there was a log: only who may write can roll that back.
-            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            if error.sqlite_errorcode != _READONLY_ROLLBACK:
                 raise
-            _inspect_in_mode("rw", path, newest_version)
+            return _inspect_in_mode("rw", path, newest_version)
     except sqlite3.DatabaseError as error:
         raise _describe_inspection(error, path) from error
 
 
-def _inspect_in_mode(mode: str, path: Path, newest_version: int) -> None:
+def _inspect_in_mode(mode: str, path: Path, newest_version: int) -> bool:
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
-        _inspect(connection, path, newest_version)
+        return _inspect(connection, path, newest_version)
 
 
 def inspect_header(path: Path) -> None:
@@ -389,7 +410,7 @@ def inspect_header(path: Path) -> None:
         raise StoreUnusable(f"{path} is a database of another program.")
 
 
-def _inspect(connection: sqlite3.Connection, path: Path, newest_version: int) -> None:
+def _inspect(connection: sqlite3.Connection, path: Path, newest_version: int) -> bool:
     [n_objects] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     [application_id] = connection.execute("PRAGMA application_id").fetchone()
     [version] = connection.execute("PRAGMA user_version").fetchone()
@@ -400,10 +421,31 @@ def _inspect(connection: sqlite3.Connection, path: Path, newest_version: int) ->
             f"{path} has version {version}, this program knows versions up to {newest_version}. "
             "Start the newer program, or restore a backup made before the update."
         )
-    if path.stat().st_size <= QUICK_CHECK_LIMIT_BYTES:
-        [finding] = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if finding != "ok":
+    if path.stat().st_size > QUICK_CHECK_LIMIT_BYTES:
+        return False
+    findings = _list_damage(connection)
+    for finding in findings:
+        if not _IS_ABOUT_FULL_TEXT.search(finding):
             raise StoreUnusable(f"{path} is damaged ({finding}). Restore a backup, or move the file away.")
+    return bool(findings)
+
+
+def _list_damage(connection: sqlite3.Connection) -> list[str]:
+    try:
+        return _check_quickly(connection, "PRAGMA quick_check")
+    except sqlite3.DatabaseError as error:
+        # SQLite from 3.44 on looks into virtual tables as well, and ends the check at one that it cannot open.
+        if not _IS_ABOUT_FULL_TEXT.search(str(error)):
+            raise
+        tables = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND rootpage AND name NOT LIKE 'sqlite_%'"
+        ).fetchall()
+        checks = [_check_quickly(connection, f'PRAGMA quick_check("{table}")') for (table,) in tables]
+        return [str(error), *chain.from_iterable(checks)]
+
+
+def _check_quickly(connection: sqlite3.Connection, pragma: str) -> list[str]:
+    return [finding for (finding,) in connection.execute(pragma) if finding != "ok"]
 
 
 def _describe_inspection(error: sqlite3.DatabaseError, path: Path) -> ServiceError:

@@ -6,6 +6,12 @@ is found as the beginning of a pair wherever it stands. The index holds no texts
 was put in, so `segment` must give tomorrow what it gave when a row was added. Change it only with a migration that
 fills the index anew.
 
+FTS5 believes what it is told to remove, and is damaged by a row that it never held. It keeps one line for each row that
+it holds, in `full_text_docsize`, in the same transaction: that table is asked before a row is put in or removed.
+
+The index can be made anew from the rows, so damage to it is no damage to the database: it is raised as
+FullTextUnavailable, and `start_anew` is the remedy.
+
 Like `engine.py`, particular to SQLite. Neither begins nor ends a transaction, and decides nothing about when the index
 follows the rows: that is `full_text_follower.py`.
 """
@@ -15,9 +21,27 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.exc import DBAPIError
+
+from llama_embeddings.errors import FullTextUnavailable
+from llama_embeddings.storage.engine import MAX_LIST_LENGTH, Fault, classify_fault, fetch_by_ids, forget_tables
+
+CREATE_INDEX = """
+    CREATE VIRTUAL TABLE full_text USING fts5(
+        text,
+        content = '',
+        tokenize = 'porter unicode61 remove_diacritics 2 categories ''L* N* Co M*'''
+    )
+"""
+# Tables of its own, in which FTS5 keeps the index.
+SHADOW_TABLES = ("full_text_data", "full_text_idx", "full_text_docsize", "full_text_config")
+
+# Instead of the id up to which the index has come: it must be made anew before anything is put in.
+UNKNOWN_POSITION = -1
 
 MAX_QUERY_TERMS = 128
 # Scoring a row takes some 3 µs. Beyond so many rows, the commonest words of a question are left out, which weigh least.
@@ -34,9 +58,7 @@ _UNSPACED = (
 )
 _UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
 
-_READ_NEXT = text(
-    "SELECT id, text, collection_id IS NOT NULL FROM embeddings WHERE id > :last_row_id ORDER BY id LIMIT :limit"
-)
+_READ_NEXT = text("SELECT id, text, collection_id FROM embeddings WHERE id > :last_row_id ORDER BY id LIMIT :limit")
 _READ_PROGRESS = text("SELECT last_row_id FROM full_text_progress")
 _WRITE_PROGRESS = text("UPDATE full_text_progress SET last_row_id = :last_row_id")
 _INSERT = text("INSERT INTO full_text (rowid, text) VALUES (:row_id, :text)")
@@ -102,48 +124,128 @@ def _blank_unless_in_a_word(character: str) -> str:
 
 
 def index_next(connection: Connection, limits: Sequence[int]) -> list[int]:
-    """Take in the next rows, at most so many; answers the id up to which the index has come."""
+    """Take in the next rows, at most so many; answers the id up to which the index has come.
+
+    An index of which nothing is known is made anew first; UNKNOWN_POSITION: it could not be.
+    """
     return [_index_next(connection, limit) for limit in limits]
 
 
 def _index_next(connection: Connection, limit: int) -> int:
-    last_row_id: int = connection.execute(_READ_PROGRESS).scalar_one()
+    last_row_id = _read_progress(connection)
+    if last_row_id == UNKNOWN_POSITION:
+        return _make_anew(connection)
     rows = connection.execute(_READ_NEXT, {"last_row_id": last_row_id, "limit": limit}).all()
     if not rows:
         return last_row_id
-    _insert(connection, [(row_id, text) for row_id, text, is_searchable in rows if is_searchable])
+    _insert(connection, [(row_id, text) for row_id, text, collection_id in rows if collection_id is not None])
     connection.execute(_WRITE_PROGRESS, {"last_row_id": rows[-1][0]})
     return int(rows[-1][0])
 
 
 def add_rows(connection: Connection, rows: Sequence[tuple[int, str]]) -> None:
     """Take in rows that have become searchable; those that the index has not come to yet are left to it."""
-    last_row_id = connection.execute(_READ_PROGRESS).scalar_one()
+    last_row_id = _read_progress(connection)
     _insert(connection, [row for row in rows if row[0] <= last_row_id])
 
 
 def remove_rows(connection: Connection, rows: Sequence[tuple[int, str]]) -> None:
-    """Take out searchable rows, with the texts that they were put in with."""
-    last_row_id = connection.execute(_READ_PROGRESS).scalar_one()
-    known = [row for row in rows if row[0] <= last_row_id]
-    if known:
-        connection.execute(_REMOVE, _describe(known))
+    """Take out those of these rows that the index holds, with the texts that they were put in with."""
+    if not rows or _read_progress(connection) == UNKNOWN_POSITION:
+        return
+    with _telling_damage():
+        held = _find_held(connection, rows)
+        _execute(connection, _REMOVE, [row for row in rows if row[0] in held])
+
+
+def _read_progress(connection: Connection) -> int:
+    return int(connection.execute(_READ_PROGRESS).scalar_one())
 
 
 def _insert(connection: Connection, rows: Sequence[tuple[int, str]]) -> None:
     if rows:
-        connection.execute(_INSERT, _describe(rows))
+        with _telling_damage():
+            held = _find_held(connection, rows)
+            _execute(connection, _INSERT, [row for row in rows if row[0] not in held])
 
 
-def _describe(rows: Sequence[tuple[int, str]]) -> list[dict[str, object]]:
-    return [{"row_id": row_id, "text": segment(text)} for row_id, text in rows]
+def _execute(connection: Connection, statement: TextClause, rows: Sequence[tuple[int, str]]) -> None:
+    if rows:
+        connection.execute(statement, [{"row_id": row_id, "text": segment(text)} for row_id, text in rows])
+        # FTS5 writes what it has gathered at the next savepoint. Damage that it meets shows here, and not at another
+        # statement or the commit, where nobody would know what it is about.
+        with connection.begin_nested():
+            pass
+
+
+def _find_held(connection: Connection, rows: Sequence[tuple[int, str]]) -> set[int]:
+    """Ids of those of these rows that are in the index."""
+    row_ids = [row_id for row_id, _ in rows]
+    parts = (row_ids[start : start + MAX_LIST_LENGTH] for start in range(0, len(row_ids), MAX_LIST_LENGTH))
+    return {row_id for part in parts for (row_id,) in fetch_by_ids(connection, "id", "full_text_docsize", part)}
+
+
+# --- damage ---
+
+
+@contextmanager
+def _telling_damage() -> Iterator[None]:
+    """For statements that touch the index alone: an error that is about its contents becomes FullTextUnavailable."""
+    try:
+        yield
+    except (DBAPIError, MemoryError) as error:
+        if not _is_damage(error):
+            raise
+        raise FullTextUnavailable("The full-text index was damaged, and is made anew. Try again later.") from error
+
+
+def _is_damage(error: DBAPIError | MemoryError) -> bool:
+    """Tables that contradict each other, are missing or are of an unknown version; the statements are right."""
+    if isinstance(error, MemoryError):
+        return True  # of a page of nonsense, FTS5 takes a number for the length of a list
+    return classify_fault(error) in (None, Fault.DAMAGED) and "fts5: syntax error" not in str(error.orig)
+
+
+def start_anew(connection: Connection, requests: Sequence[None]) -> list[int]:
+    """Empty the index, whatever state it is in; the rows are to come in again. Answers as `index_next` does."""
+    return [_make_anew(connection) for _ in requests]
+
+
+def _make_anew(connection: Connection) -> int:
+    position = 0 if _is_done(connection, _replace) or _is_done(connection, _replace_by_force) else UNKNOWN_POSITION
+    connection.execute(_WRITE_PROGRESS, {"last_row_id": position})
+    return position
+
+
+def _is_done(connection: Connection, replace: Callable[[Connection], None]) -> bool:
+    try:
+        with connection.begin_nested():
+            replace(connection)
+    except (DBAPIError, MemoryError) as error:
+        if not _is_damage(error):
+            raise
+        return False
+    return True
+
+
+def _replace(connection: Connection) -> None:
+    connection.exec_driver_sql("DROP TABLE IF EXISTS full_text")
+    connection.exec_driver_sql(CREATE_INDEX)
+
+
+def _replace_by_force(connection: Connection) -> None:
+    """For an index that FTS5 does not even open, and so does not drop."""
+    forget_tables(connection, ["full_text"])
+    for table in SHADOW_TABLES:
+        connection.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
+    connection.exec_driver_sql(CREATE_INDEX)
 
 
 # --- searching ---
 
 
 def search(connection: Connection, query: str, *, limit: int, is_wanted: Filter | None) -> list[tuple[int, float]]:
-    """Row ids and BM25 scores of the rows with any word of the query, best first.
+    """Row ids and BM25 scores of the rows with any word of the query, best first. Raises FullTextUnavailable.
 
     `is_wanted` is asked before the `limit` is counted. No word in the query: nothing is found.
     """
@@ -152,12 +254,19 @@ def search(connection: Connection, query: str, *, limit: int, is_wanted: Filter 
         return []
     found: list[tuple[int, float]] = []
     parameters = {"query": " OR ".join(terms), "limit": 4 * MAX_SCORED_ROWS}
-    with connection.execute(_SEARCH, parameters) as result:
-        for hits in result.partitions(min(limit, _HITS_PER_FETCH) if is_wanted is None else _HITS_PER_FETCH):
-            found.extend(_filter_hits(hits, is_wanted))
-            if len(found) >= limit:
-                break
+    hits_per_fetch = min(limit, _HITS_PER_FETCH) if is_wanted is None else _HITS_PER_FETCH
+    for hits in _fetch_hits(connection, parameters, hits_per_fetch):
+        found.extend(_filter_hits(hits, is_wanted))
+        if len(found) >= limit:
+            break
     return found[:limit]
+
+
+def _fetch_hits(
+    connection: Connection, parameters: dict[str, object], hits_per_fetch: int
+) -> Iterator[Sequence[Sequence[object]]]:
+    with _telling_damage(), connection.execute(_SEARCH, parameters) as result:
+        yield from result.partitions(hits_per_fetch)
 
 
 def _filter_hits(hits: Sequence[Sequence[object]], is_wanted: Filter | None) -> list[tuple[int, float]]:
@@ -185,4 +294,5 @@ def _choose_terms(connection: Connection, terms: Sequence[str]) -> list[str]:
 
 def _count(connection: Connection, statement: object, parameters: dict[str, str]) -> int:
     """How many, as far as it matters."""
-    return int(connection.execute(statement, {**parameters, "limit": MAX_SCORED_ROWS + 1}).scalar_one())  # type: ignore[call-overload]
+    with _telling_damage():
+        return int(connection.execute(statement, {**parameters, "limit": MAX_SCORED_ROWS + 1}).scalar_one())  # type: ignore[call-overload]

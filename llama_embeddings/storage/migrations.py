@@ -288,7 +288,21 @@ TOKENS_BY_POSITION = Migration(
     ),
 )
 
-MIGRATIONS: tuple[Migration, ...] = (INITIAL_SCHEMA, COLLECTIONS_AND_FULL_TEXT, DOCUMENT_JOBS, TOKENS_BY_POSITION)
+# With SQLite before 3.41, rows were removed from it that it never held, so its totals are wrong. It may be damaged so
+# far that no statement can name it: -1 has the program make it anew, see `full_text.UNKNOWN_POSITION`.
+FULL_TEXT_ANEW = Migration(
+    version=5,
+    description="full-text index made anew",
+    statements=("UPDATE full_text_progress SET last_row_id = -1",),
+)
+
+MIGRATIONS: tuple[Migration, ...] = (
+    INITIAL_SCHEMA,
+    COLLECTIONS_AND_FULL_TEXT,
+    DOCUMENT_JOBS,
+    TOKENS_BY_POSITION,
+    FULL_TEXT_ANEW,
+)
 
 
 def find_newest_version(migrations: Sequence[Migration] = MIGRATIONS) -> int:

@@ -217,14 +217,9 @@ READ_VECTORS_OF_RANGE = select(embeddings.c.id, _as_bytes(embeddings.c.embedding
     embeddings.c.id.between(bindparam("first"), bindparam("last"))
 )
 
-# What has to be known of a row that is gone.
-_REMAINS = (
-    embeddings.c.model_name,
-    embeddings.c.recipe,
-    embeddings.c.id,
-    embeddings.c.text,
-    embeddings.c.collection_id.is_not(null()),
-)
+# What has to be known of a row that is gone. Columns alone: SQLite before 3.41 takes `collection_id IS NOT NULL` in
+# RETURNING to be true of every row.
+_REMAINS = (embeddings.c.model_name, embeddings.c.recipe, embeddings.c.id, embeddings.c.text)
 
 DELETE_EMBEDDINGS_OF_TEXT = (
     delete(embeddings).where(embeddings.c.text_hash == bindparam("text_hash_to_delete")).returning(*_REMAINS)

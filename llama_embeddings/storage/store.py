@@ -40,7 +40,14 @@ from embeddings_data_models import (
     StoredEmbedding,
     StoredTokenLevelBundle,
 )
-from llama_embeddings.errors import InvalidInput, StoreBusy, StoreFull, StoreUnusable, Unavailable
+from llama_embeddings.errors import (
+    FullTextUnavailable,
+    InvalidInput,
+    StoreBusy,
+    StoreFull,
+    StoreUnusable,
+    Unavailable,
+)
 from llama_embeddings.storage import filters, full_text, statements, writes
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.collection_names import CollectionNames
@@ -62,7 +69,7 @@ from llama_embeddings.storage.engine import (
     vacuum_into,
 )
 from llama_embeddings.storage.filters import RowFilter
-from llama_embeddings.storage.full_text_follower import FullTextFollower
+from llama_embeddings.storage.full_text_follower import MAX_ROWS_TO_WAIT_FOR, FullTextFollower
 from llama_embeddings.storage.migrations import find_newest_version, migrate
 from llama_embeddings.storage.write_queue import WriteQueue
 from llama_embeddings.storage.writes import DocumentSelection, Placement, Removal, split
@@ -136,7 +143,7 @@ class EmbeddingStore:
             StoreBusy, StoreFull: the file cannot be written now.
         """
         url = parse_database_url(database_url)
-        await asyncio.to_thread(inspect_file, find_file(url), find_newest_version())
+        is_full_text_damaged = await asyncio.to_thread(inspect_file, find_file(url), find_newest_version())
         backoff = Backoff(max_retries, retry_delay_base_seconds, jitter_factor)
         writer = create_writer_engine(url, cache_in_mb=writer_cache_in_mb)
         try:
@@ -150,6 +157,8 @@ class EmbeddingStore:
         write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
         store = cls(writer, url, write_queue)
+        if is_full_text_damaged:
+            await store._full_text.start_anew()
         if follows_full_text:
             store._full_text.start()
         return store
@@ -208,7 +217,7 @@ class EmbeddingStore:
         """
         if not rows:
             return []
-        row_ids = await self._write_queue.submit(writes.insert_embeddings, rows)
+        row_ids = await self._full_text.submit(writes.insert_embeddings, rows)
         self._full_text.notice()
         return row_ids
 
@@ -217,7 +226,7 @@ class EmbeddingStore:
 
         Their order among themselves is not kept. The full-text index does not follow by itself.
         """
-        return await self._write_queue.submit(writes.import_embeddings, rows)
+        return await self._full_text.submit(writes.import_embeddings, rows)
 
     async def index_full_text(self) -> None:
         """Bring the full-text index up to date now."""
@@ -228,7 +237,7 @@ class EmbeddingStore:
 
         Returns the rows that are there; those that are gone are passed over.
         """
-        return await self._write_queue.submit(writes.place_embeddings, Placement(row_ids, collection))
+        return await self._full_text.submit(writes.place_embeddings, Placement(row_ids, collection))
 
     async def texts_of_rows(self, row_ids: Sequence[int]) -> dict[int, str]:
         """Texts by row id; rows that are gone are absent."""
@@ -511,10 +520,16 @@ class EmbeddingStore:
         """Row ids and BM25 scores (higher is better) of searchable texts with any word of the query, best first.
 
         Any string is a query; one without a word finds nothing. `row_ids`, sorted, are those that may be returned.
-        What was committed before the call is found.
+        What was committed before the call is found. Raises FullTextUnavailable while the index is filled with very
+        many rows.
         """
-        await self._full_text.catch_up()
         arguments = (query, model_name, tuple(families), limit, row_ids)
+        await self._full_text.catch_up(max_rows=MAX_ROWS_TO_WAIT_FOR)
+        try:
+            return await self._visit(self._search_threads, self._searches, _search_text, *arguments)
+        except FullTextUnavailable as error:
+            await self._full_text.start_anew(error)
+        await self._full_text.catch_up(max_rows=MAX_ROWS_TO_WAIT_FOR)
         return await self._visit(self._search_threads, self._searches, _search_text, *arguments)
 
     async def list_collections(self) -> list[StoredCollection]:
@@ -529,7 +544,7 @@ class EmbeddingStore:
 
     async def delete_text(self, text: str) -> Removal:
         """Forget a text under every model and recipe, in every collection, with its token-level bundles."""
-        return await self._write_queue.submit(writes.delete_texts, text)
+        return await self._full_text.submit(writes.delete_texts, text)
 
     async def delete_document(
         self, filename: str, *, model_name: str | None = None, collection: str | None = None
@@ -539,7 +554,7 @@ class EmbeddingStore:
         A sentence that another document holds goes with the last of them; one that was asked for by itself stays. A
         document that is in other collections than the one given leaves that one only.
         """
-        return await self._write_queue.submit(
+        return await self._full_text.submit(
             writes.delete_documents, DocumentSelection(filename, model_name, collection)
         )
 

@@ -486,8 +486,8 @@ def _delete_embeddings(
     connection: Connection, statement: Executable, parameters: Mapping[str, Any]
 ) -> list[RemovedRow]:
     rows = connection.execute(statement, parameters).all()
-    full_text.remove_rows(connection, [(row_id, text) for _, _, row_id, text, is_searchable in rows if is_searchable])
-    return [(model_name, recipe, row_id) for model_name, recipe, row_id, _, _ in rows]
+    full_text.remove_rows(connection, [(row_id, text) for _, _, row_id, text in rows])
+    return [(model_name, recipe, row_id) for model_name, recipe, row_id, _ in rows]
 
 
 # --- jobs ---

@@ -43,8 +43,8 @@ async def list_all(client: httpx.AsyncClient, path: str, **parameters: Any) -> l
     return items
 
 
-async def search(client: httpx.AsyncClient, query: str) -> set[str]:
-    response = await client.post(SEARCH, json={"query_text": query})
+async def search(client: httpx.AsyncClient, query: str, **fields: Any) -> set[str]:
+    response = await client.post(SEARCH, json={"query_text": query, **fields})
     assert response.status_code == 200, response.text
     return {hit["search_result_text"] for hit in response.json()["results"]}
 
@@ -192,6 +192,23 @@ async def test_deleted_text_is_gone_at_once_and_after_a_restart(tmp_path: Path) 
         assert await search(running.client, "anything") == {"remember me"}
         assert (await embed(running.client, "forget me")).headers["x-embedding-source"] == "computed"
         assert await search(running.client, "anything") == {"remember me", "forget me"}
+
+
+async def test_deleted_queries_harm_neither_search_nor_deletion(tmp_path: Path) -> None:
+    """More queries come and go than there are texts; searches by words find the texts, after a restart as well."""
+    texts = {f"text {i} about wings" for i in range(5)}
+    async with run_application(tmp_path) as running:
+        for text in texts:
+            await embed(running.client, text)
+        for i in range(8):
+            assert await search(running.client, f"query {i} about wings", full_text_weight=0.5) == texts
+            response = await delete_text(running.client, f"query {i} about wings")
+            assert response.status_code == 200, response.text
+    async with run_application(tmp_path) as running:
+        assert await search(running.client, "wings", full_text_weight=1.0) == texts
+        assert (await delete_text(running.client, "wings")).status_code == 200
+        assert (await delete_text(running.client, "text 0 about wings")).status_code == 200
+        assert await search(running.client, "wings", full_text_weight=1.0) == texts - {"text 0 about wings"}
 
 
 async def test_deleted_document_takes_its_sentences_but_not_what_was_embedded_by_itself(tmp_path: Path) -> None:

@@ -61,7 +61,11 @@ def read_requirements(name: str) -> dict[str, str]:
     """Normalised package name to what follows it, for instance `==1.0`."""
     lines = (PROJECT_DIRECTORY / name).read_text().splitlines()
     stripped = [line.split("#")[0].strip().removesuffix("\\").strip() for line in lines]
-    matches = [re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?(\S*)", line) for line in stripped if line and line[0] != "-"]
+    matches = [
+        re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?([^\s;]*)(?:\s*;.*)?", line)
+        for line in stripped
+        if line and line[0] != "-"
+    ]
     assert None not in matches, name
     return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in matches if match}
 

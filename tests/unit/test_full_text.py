@@ -1,23 +1,37 @@
-"""Full text: every string is a safe query, every script is found, and the index is never behind an answer."""
+"""Full text: every string is a safe query, every script is found, and the index is never behind an answer.
+
+And whatever is removed or damaged, the index stays sound or becomes so again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
 import unicodedata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import Connection
 
-from embeddings_data_models import NewEmbedding, RequestStamp, compute_text_hash
+from embeddings_data_models import (
+    NewDocument,
+    NewEmbedding,
+    RequestStamp,
+    SentencePlaces,
+    compute_text_hash,
+)
+from llama_embeddings.errors import FullTextUnavailable
 from llama_embeddings.storage import full_text, full_text_follower
+from llama_embeddings.storage import store as store_module
+from llama_embeddings.storage.migrations import COLLECTIONS_AND_FULL_TEXT
 from llama_embeddings.storage.store import EmbeddingStore
 
 MODEL, FAMILY = "all-MiniLM-L6-v2", "0123456789abcdef"
@@ -210,3 +224,221 @@ async def test_full_text_is_rebuilt_from_rows_of_a_bulk(store: EmbeddingStore) -
     """More rows than one step takes in are all there at the first search."""
     await store.add_embeddings([make(f"row {i}") for i in range(3_000)])
     assert len(await search(store, "row", limit=5_000)) == 3_000
+
+
+# --- what is removed ---
+
+
+def check_index(tmp_path: Path, texts: list[str]) -> None:
+    """The index holds the words of these texts and nothing else, and its totals are theirs."""
+    with closing(sqlite3.connect(tmp_path / "embeddings.sqlite")) as connection:
+        connection.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, full_text, row)")
+        found = connection.execute("SELECT term, doc FROM words").fetchall()
+        [totals] = connection.execute("SELECT block FROM full_text_data WHERE id = 1").fetchone()
+        connection.execute("INSERT INTO full_text (full_text) VALUES ('integrity-check')")
+        connection.execute(f"CREATE VIRTUAL TABLE temp.fresh USING fts5{find_arguments(connection)}")
+        connection.executemany("INSERT INTO fresh (text) VALUES (?)", [(full_text.segment(text),) for text in texts])
+        connection.execute("CREATE VIRTUAL TABLE temp.fresh_words USING fts5vocab(temp, fresh, row)")
+        assert found == connection.execute("SELECT term, doc FROM fresh_words").fetchall()
+        [expected] = connection.execute("SELECT block FROM fresh_data WHERE id = 1").fetchone()
+        assert totals == expected or not any(totals + expected)  # of nothing, they are empty or zeros
+
+
+def find_arguments(connection: sqlite3.Connection) -> str:
+    [sql] = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'full_text'").fetchone()
+    return str(sql[sql.index("(") :])
+
+
+@pytest.mark.parametrize("times", [1, 12])
+async def test_deleted_query_leaves_the_index_sound(store: EmbeddingStore, tmp_path: Path, times: int) -> None:
+    """The index never held it: neither its words nor its totals change, however often that happens."""
+    texts = [f"a text about wing {i}" for i in range(5)]
+    await store.add_embeddings([make(text) for text in texts])
+    for i in range(times):
+        await store.add_embeddings([make_query(f"a query about wing {i}")])
+        await search(store, "wing")
+        await store.delete_text(f"a query about wing {i}")
+    assert len(await search(store, "wing")) == 5
+    check_index(tmp_path, texts)
+    await store.delete_text(texts.pop())
+    assert set(await search(store, "wing")) == set(texts)
+    check_index(tmp_path, texts)
+
+
+def make_document(row_ids: list[int], name: str) -> NewDocument:
+    columns = (np.array(row_ids), *(np.zeros(len(row_ids), np.int64) for _ in range(3)))
+    return NewDocument(
+        filename=name,
+        mimetype="text/plain",
+        file_hash=compute_text_hash(name),
+        file_data=None,
+        model_name=MODEL,
+        recipe=FAMILY,
+        segmentation="sentences-1",
+        places=SentencePlaces(*columns),
+        stamp=RequestStamp("ip", NOON),
+        response_time=NOON,
+    )
+
+
+async def test_every_way_of_removing_leaves_the_index_sound(store: EmbeddingStore, tmp_path: Path) -> None:
+    """Queries, texts, sentences, and what was one before it was the other; before and after the index came to them."""
+    sentences = [replace(make(f"sentence {i}"), collection=None) for i in range(4)]
+    row_ids = await store.add_embeddings(sentences)
+    await search(store, "sentence")
+    await store.add_document(make_document(row_ids, "first"))
+    [query] = await store.add_embeddings([make_query("sentence that was a query")])
+    await search(store, "sentence")
+    await store.place_embeddings([query], None)
+    await store.place_embeddings([query], "cats")
+    await store.place_embeddings([query], None)
+    await store.add_embeddings([make_query("sentence 1"), make("sentence that was a query")])
+    late = await store.add_embeddings([replace(make("a late sentence"), collection=None)])
+    await store.add_document(make_document([query, *late], "second"))
+    assert len((await store.delete_document("first")).rows) == 4
+    assert await search(store, "late") == ["a late sentence"]
+    assert len((await store.delete_document("second")).rows) == 1
+    assert await search(store, "sentence") == ["sentence that was a query"]
+    check_index(tmp_path, ["sentence that was a query"])
+    await store.delete_text("sentence that was a query")
+    check_index(tmp_path, [])
+
+
+def apply_each(change: Any, connection: Connection, payloads: Sequence[Any]) -> list[None]:
+    return [change(connection, rows) for rows in payloads]
+
+
+async def test_what_the_index_does_not_hold_cannot_be_removed(store: EmbeddingStore, tmp_path: Path) -> None:
+    """Nor can a row be put in twice, whoever asks for it."""
+    [first, second] = await store.add_embeddings([make("a wing"), make("a bird")])
+    assert await search(store, "wing") == ["a wing"]
+    for change in (full_text.add_rows, full_text.remove_rows, full_text.add_rows):
+        for rows in ([(first, "a wing"), (99, "never there")], [(second, "a bird")], [(second, "a bird")]):
+            await store._write_queue.submit(
+                lambda connection, _, change=change, rows=rows: [change(connection, rows)], None
+            )
+    check_index(tmp_path, ["a wing", "a bird"])
+
+
+# --- damage ---
+
+NONSENSE = np.random.default_rng(0).bytes(50).hex()
+DAMAGES = {
+    "no data": ["DELETE FROM full_text_data"],
+    "nonsense": [f"UPDATE full_text_data SET block = x'{NONSENSE}'"],
+    "no structure": [f"UPDATE full_text_data SET block = x'{NONSENSE}' WHERE id = 10"],
+    "no totals": ["UPDATE full_text_data SET block = x'' WHERE id = 1"],
+    "no sizes": ["DELETE FROM full_text_docsize"],
+    "a table less": ["DROP TABLE full_text_docsize"],
+    "another table less": ["DROP TABLE full_text_data"],
+    "no version": ["DELETE FROM full_text_config"],
+    "another version": ["UPDATE full_text_config SET v = 99"],
+    "only a name": [f"DROP TABLE {table}" for table in full_text.SHADOW_TABLES],
+    "nothing": ["DROP TABLE full_text"],
+}
+TEXTS = [f"number {i} of many wings" for i in range(300)]
+
+
+def damage(tmp_path: Path, statements: list[str]) -> None:
+    with closing(sqlite3.connect(tmp_path / "embeddings.sqlite", isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+async def search_many(store: EmbeddingStore) -> None:
+    assert set(await search(store, "wings", limit=400)) >= set(TEXTS[1:])
+
+
+async def delete_one(store: EmbeddingStore) -> None:
+    assert len((await store.delete_text(TEXTS[0])).rows) == 1
+
+
+async def add_query_as_text(store: EmbeddingStore) -> None:
+    await store.add_embeddings([make("a query of wings")])
+
+
+async def add_new(store: EmbeddingStore) -> None:
+    await store.add_embeddings([make("something new")])
+
+
+@pytest.mark.parametrize("noticed_by", [search_many, delete_one, add_query_as_text, add_new])
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["running", "restarted"])
+@pytest.mark.parametrize("statements", DAMAGES.values(), ids=list(DAMAGES))
+async def test_damaged_index_is_made_anew_and_fails_nothing(
+    tmp_path: Path, statements: list[str], is_restarted: bool, noticed_by: Callable[[EmbeddingStore], Awaitable[None]]
+) -> None:
+    """Whatever is wrong with it and whoever finds out: that call has its answer, and then every word is found."""
+    if statements is DAMAGES["no totals"] and noticed_by in (add_query_as_text, add_new):
+        pytest.skip("The totals of nothing and a text are those of the text: nothing is to be noticed.")
+    url = f"sqlite+aiosqlite:///{tmp_path}/embeddings.sqlite"
+    store = await EmbeddingStore.open(url)
+    await store.add_embeddings([*map(make, TEXTS), make_query("a query of wings")])
+    await search_many(store)
+    if is_restarted:
+        await store.close()
+        damage(tmp_path, statements)
+        store = await EmbeddingStore.open(url)
+    else:
+        damage(tmp_path, statements)
+    await noticed_by(store)
+    await search_many(store)
+    await store.add_embeddings([make("one more"), make_query("no wings")])
+    await store.delete_text("no wings")
+    assert await search(store, "more") == ["one more"]
+    texts = await store.list_texts(None, None, 0)
+    await store.close()
+    # Some damage shows only to a connection that is opened later.
+    store = await EmbeddingStore.open(url)
+    await search_many(store)
+    await store.close()
+    check_index(tmp_path, [text for text in texts if text != "a query of wings" or noticed_by is add_query_as_text])
+
+
+async def test_damage_is_logged_once_and_without_texts(
+    store: EmbeddingStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that it is known; nothing of the texts stands in the log."""
+    await store.add_embeddings([make(text) for text in TEXTS])
+    await search_many(store)
+    damage(tmp_path, DAMAGES["no sizes"])
+    await search_many(store)
+    await search_many(store)
+    assert caplog.text.count("full-text index is damaged") == 1
+    assert "wings" not in caplog.text
+
+
+async def test_index_that_cannot_be_made_anew_holds_up_nothing_else(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts come and go; a search by words says why it finds nothing, until the index can be made."""
+    await store.add_embeddings([make(text) for text in TEXTS])
+    await search_many(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(full_text, "_is_done", lambda connection, replace: False)
+        damage(tmp_path, DAMAGES["no data"])
+        for text in TEXTS[:3]:
+            assert len((await store.delete_text(text)).rows) == 1
+        await store.add_embeddings([make("a new text")])
+        with pytest.raises(FullTextUnavailable, match="cannot be made anew; all else goes on"):
+            await search(store, "wings")
+    assert len(await search(store, "wings", limit=400)) == 297
+    check_index(tmp_path, [*TEXTS[3:], "a new text"])
+
+
+async def test_search_does_not_wait_for_very_many_rows(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how far the index has come and that meaning can be searched; it finds everything a while later."""
+    monkeypatch.setattr(store_module, "MAX_ROWS_TO_WAIT_FOR", 1_000)
+    monkeypatch.setattr(full_text_follower, "PAUSE_SECONDS", 0.01)
+    await store.add_embeddings([make(f"row {i}") for i in range(1_200)])
+    with pytest.raises(FullTextUnavailable, match=r"row \d+ of 1200.*by meaning alone"):
+        await search(store, "row")
+    async with asyncio.timeout(10):
+        while (await store._read_full_text_position())[1] < 1_200:
+            await asyncio.sleep(0.01)
+    assert len(await search(store, "row", limit=2_000)) == 1_200
+
+
+def test_index_is_made_as_the_migration_made_it() -> None:
+    """The same arguments, so that an index made anew finds what the first one found."""
+    [made] = [statement for statement in COLLECTIONS_AND_FULL_TEXT.statements if "VIRTUAL TABLE" in statement]
+    assert made.split() == full_text.CREATE_INDEX.split()

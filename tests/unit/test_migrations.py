@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import OperationalError
 
-from embeddings_data_models import Base
+from embeddings_data_models import Base, compute_text_hash
 from llama_embeddings.errors import ConfigurationError, StoreUnusable
 from llama_embeddings.storage.engine import create_writer_engine, parse_database_url
 from llama_embeddings.storage.migrations import MIGRATIONS, Migration, find_newest_version, migrate
@@ -102,6 +102,33 @@ async def test_newer_database_is_refused_with_both_versions(tmp_path: Path) -> N
     with pytest.raises(StoreUnusable, match=rf"version 999.*up to {find_newest_version()}.*newer program"):
         await EmbeddingStore.open(f"sqlite+aiosqlite:///{path}")
     assert path.read_bytes() == before
+
+
+async def test_full_text_index_with_wrong_totals_is_filled_anew(tmp_path: Path) -> None:
+    """Rows were removed from it that it never held: version 5 finds every text by its words, and forgets it."""
+    path = tmp_path / "embeddings.sqlite"
+    url = f"sqlite+aiosqlite:///{path}"
+    writer = create_writer_engine(parse_database_url(url))
+    assert migrate(writer, MIGRATIONS[:4]) == 4
+    writer.dispose()
+    columns = "(id, text, text_hash, model_name, recipe, embedding, n_tokens, n_tokens_dropped, collection_id)"
+    for row_id in range(1, 6):
+        hash_ = compute_text_hash(f"wing {row_id}")
+        run(
+            path,
+            f"INSERT INTO embeddings {columns} VALUES ({row_id}, 'wing {row_id}', '{hash_}', 'm', 'r', '', 1, 0, 1)",
+        )
+        run(path, f"INSERT INTO full_text (rowid, text) VALUES ({row_id}, 'wing {row_id}')")
+    for row_id in range(6, 11):
+        run(path, f"INSERT INTO full_text (full_text, rowid, text) VALUES ('delete', {row_id}, 'wing {row_id}')")
+    run(path, "UPDATE full_text_progress SET last_row_id = 5")
+    store = await EmbeddingStore.open(url)
+    found = await store.search_text("wing", model_name="m", families=["r"], limit=10)
+    assert {row_id for row_id, _ in found} == {1, 2, 3, 4, 5}
+    assert len((await store.delete_text("wing 1")).rows) == 1
+    assert len(await store.search_text("wing", model_name="m", families=["r"], limit=10)) == 4
+    await store.close()
+    run(path, "INSERT INTO full_text (full_text) VALUES ('integrity-check')")
 
 
 def make_text_file(path: Path) -> None:
