@@ -22,6 +22,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection, TextClause, text
@@ -46,6 +48,8 @@ UNKNOWN_POSITION = -1
 MAX_QUERY_TERMS = 128
 # Scoring a row takes some 3 µs. Beyond so many rows, the commonest words of a question are left out, which weigh least.
 MAX_SCORED_ROWS = 30_000
+# So many of one that is alone are scored nonetheless.
+_MAX_HITS = 4 * MAX_SCORED_ROWS
 _HITS_PER_FETCH = 1_000
 
 # Scripts without spaces between words, by code point and not by Unicode's tables: those differ between versions.
@@ -65,14 +69,35 @@ _INSERT = text("INSERT INTO full_text (rowid, text) VALUES (:row_id, :text)")
 _REMOVE = text("INSERT INTO full_text (full_text, rowid, text) VALUES ('delete', :row_id, :text)")
 _COUNT_ROWS = text("SELECT count(*) FROM (SELECT 1 FROM full_text_docsize LIMIT :limit)")
 _COUNT_MATCHES = text("SELECT count(*) FROM (SELECT 1 FROM full_text WHERE full_text MATCH :query LIMIT :limit)")
+_READ_MATCHES = text(
+    "SELECT coalesce(group_concat(id), '') FROM"
+    " (SELECT rowid AS id FROM full_text WHERE full_text MATCH :query AND rowid BETWEEN :first AND :last)"
+)
 _SEARCH = text(
     "SELECT id, score FROM"
     " (SELECT rowid AS id, -rank AS score FROM full_text WHERE full_text MATCH :query LIMIT :limit)"
     " ORDER BY score DESC, id"
 )
+# The plus has FTS5 walk through the matches, which takes 0.3 µs for each, and score those among the ids. Without it,
+# FTS5 would be asked anew for each id, which takes 60 ms.
+_SEARCH_AMONG = text(
+    "SELECT rowid AS id, -rank AS score FROM full_text WHERE full_text MATCH :query AND rowid BETWEEN :first AND :last"
+    " AND +rowid IN (SELECT value FROM json_each(:row_ids)) ORDER BY score DESC, id"
+)
 
 # int64 row ids to whether each may be returned.
 Filter = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The rows that may be found.
+
+    `are_among` says it of some hits; `list_all` lists all of them, sorted int64, which takes longer.
+    """
+
+    are_among: Filter
+    list_all: Callable[[], np.ndarray]
 
 
 def segment(text: str) -> str:
@@ -244,55 +269,109 @@ def _replace_by_force(connection: Connection) -> None:
 # --- searching ---
 
 
-def search(connection: Connection, query: str, *, limit: int, is_wanted: Filter | None) -> list[tuple[int, float]]:
+def search(connection: Connection, query: str, *, limit: int, wanted: Wanted | None) -> list[tuple[int, float]]:
     """Row ids and BM25 scores of the rows with any word of the query, best first. Raises FullTextUnavailable.
 
-    `is_wanted` is asked before the `limit` is counted. No word in the query: nothing is found.
+    Only rows that are `wanted` count, for the `limit` as well as for what is left out of a question with too many
+    hits. No word in the query: nothing is found.
     """
-    terms = _choose_terms(connection, list_query_terms(query))
+    terms = list_query_terms(query)
     if not terms or limit <= 0:
         return []
+    row_ids = None
+    if _count(connection, _COUNT_ROWS, {}) > MAX_SCORED_ROWS:
+        if wanted is None:
+            terms = _choose_terms(connection, terms)
+        else:
+            terms, row_ids = _choose_terms_among(connection, terms, wanted)
+    if not terms:
+        return []
     found: list[tuple[int, float]] = []
-    parameters = {"query": " OR ".join(terms), "limit": 4 * MAX_SCORED_ROWS}
-    hits_per_fetch = min(limit, _HITS_PER_FETCH) if is_wanted is None else _HITS_PER_FETCH
-    for hits in _fetch_hits(connection, parameters, hits_per_fetch):
-        found.extend(_filter_hits(hits, is_wanted))
+    hits_per_fetch = min(limit, _HITS_PER_FETCH) if wanted is None else _HITS_PER_FETCH
+    for hits in _fetch_hits(connection, " OR ".join(terms), row_ids, hits_per_fetch):
+        found.extend(_filter_hits(hits, wanted))
         if len(found) >= limit:
             break
     return found[:limit]
 
 
 def _fetch_hits(
-    connection: Connection, parameters: dict[str, object], hits_per_fetch: int
+    connection: Connection, query: str, row_ids: np.ndarray | None, hits_per_fetch: int
 ) -> Iterator[Sequence[Sequence[object]]]:
-    with _telling_damage(), connection.execute(_SEARCH, parameters) as result:
+    statement, parameters = _SEARCH, {"query": query, "limit": _MAX_HITS}
+    if row_ids is not None:
+        statement, parameters = _SEARCH_AMONG, {"query": query, "row_ids": str(row_ids.tolist()), **_span(row_ids)}
+    with _telling_damage(), connection.execute(statement, parameters) as result:
         yield from result.partitions(hits_per_fetch)
 
 
-def _filter_hits(hits: Sequence[Sequence[object]], is_wanted: Filter | None) -> list[tuple[int, float]]:
+def _span(row_ids: np.ndarray) -> dict[str, Any]:
+    return {"first": int(row_ids[0]), "last": int(row_ids[-1])}
+
+
+def _filter_hits(hits: Sequence[Sequence[object]], wanted: Wanted | None) -> list[tuple[int, float]]:
     pairs = [(row_id, score) for row_id, score in hits]
-    if is_wanted is None:
+    if wanted is None:
         return pairs  # type: ignore[return-value]
-    wanted = is_wanted(np.array([row_id for row_id, _ in pairs], np.int64))
-    return [pair for pair, is_kept in zip(pairs, wanted.tolist(), strict=True) if is_kept]  # type: ignore[misc]
+    are_wanted = wanted.are_among(np.array([row_id for row_id, _ in pairs], np.int64))
+    return [pair for pair, is_kept in zip(pairs, are_wanted.tolist(), strict=True) if is_kept]  # type: ignore[misc]
 
 
 def _choose_terms(connection: Connection, terms: Sequence[str]) -> list[str]:
     """The rarest terms whose rows together are few enough to be scored; at least one."""
-    if not terms or _count(connection, _COUNT_ROWS, {}) <= MAX_SCORED_ROWS:
-        return list(terms)
-    counts = {term: _count(connection, _COUNT_MATCHES, {"query": term}) for term in terms}
+    counts = _count_matches(connection, terms, MAX_SCORED_ROWS)
     chosen: list[str] = []
     n_rows = 0
-    for term in sorted((term for term in terms if counts[term]), key=counts.__getitem__):
-        n_rows += counts[term]
+    for term, count in counts.items():
+        n_rows += count
         if chosen and n_rows > MAX_SCORED_ROWS:
             break
         chosen.append(term)
     return chosen
 
 
-def _count(connection: Connection, statement: object, parameters: dict[str, str]) -> int:
-    """How many, as far as it matters."""
+def _choose_terms_among(
+    connection: Connection, terms: Sequence[str], wanted: Wanted
+) -> tuple[list[str], np.ndarray | None]:
+    """The same where only the rows that are wanted count, and those that are to be scored, sorted.
+
+    None: so few rows have any of the terms that all can be scored before the others are left out.
+    """
+    counts = _count_matches(connection, terms, _MAX_HITS)
+    if sum(counts.values()) <= _MAX_HITS:
+        return list(counts), None
+    all_wanted = wanted.list_all()
+    if len(all_wanted) == 0:
+        return [], None
+    if len(all_wanted) <= MAX_SCORED_ROWS:
+        return list(counts), all_wanted
+    chosen: list[str] = []
+    row_ids = np.empty(0, np.int64)
+    for term in counts:
+        found = np.intersect1d(_read_matches(connection, term, all_wanted), all_wanted, assume_unique=True)
+        if chosen and len(row_ids) + len(found) > MAX_SCORED_ROWS:
+            break
+        if len(found):
+            chosen.append(term)
+            row_ids = np.union1d(row_ids, found)
+    return chosen, row_ids[:_MAX_HITS]
+
+
+def _read_matches(connection: Connection, term: str, wanted: np.ndarray) -> np.ndarray:
+    """Ids of the rows with a term between the first and the last that is wanted: as one string, as in `filters.py`."""
     with _telling_damage():
-        return int(connection.execute(statement, {**parameters, "limit": MAX_SCORED_ROWS + 1}).scalar_one())  # type: ignore[call-overload]
+        digits: str = connection.execute(_READ_MATCHES, {"query": term, **_span(wanted)}).scalar_one()
+    return np.fromstring(digits, np.int64, sep=",")
+
+
+def _count_matches(connection: Connection, terms: Sequence[str], limit: int) -> dict[str, int]:
+    """How many rows have a term, as far as it matters, for each that any has; the rarest first."""
+    counts = {term: _count(connection, _COUNT_MATCHES, {"query": term}, limit) for term in terms}
+    return {term: counts[term] for term in sorted((term for term in terms if counts[term]), key=counts.__getitem__)}
+
+
+def _count(
+    connection: Connection, statement: TextClause, parameters: dict[str, Any], limit: int = MAX_SCORED_ROWS
+) -> int:
+    with _telling_damage():
+        return int(connection.execute(statement, {**parameters, "limit": limit + 1}).scalar_one())

@@ -685,12 +685,15 @@ def _search_text(
 ) -> list[tuple[int, float]]:
     has_others = filters.has_other_rows(connection, model_name, families)
 
-    def is_wanted(found: np.ndarray) -> np.ndarray:
+    def are_among(found: np.ndarray) -> np.ndarray:
         wanted = np.ones(len(found), bool) if row_ids is None else np.isin(found, row_ids, assume_unique=True)
         return wanted & filters.are_of(connection, found, model_name, families) if has_others else wanted
 
-    needs_filter = has_others or row_ids is not None
-    return full_text.search(connection, query, limit=limit, is_wanted=is_wanted if needs_filter else None)
+    def list_all() -> np.ndarray:
+        return filters.find_row_ids(connection, RowFilter(model_name, families)) if row_ids is None else row_ids
+
+    wanted = full_text.Wanted(are_among, list_all) if has_others or row_ids is not None else None
+    return full_text.search(connection, query, limit=limit, wanted=wanted)
 
 
 def _check_target(target: Path) -> None:

@@ -172,6 +172,40 @@ async def test_filter_comes_before_the_limit(store: EmbeddingStore) -> None:
     assert await search(store, "wing", row_ids=[]) == []
 
 
+@pytest.mark.parametrize("n_others_wanted", [0, 80], ids=["few wanted", "many wanted"])
+async def test_filter_comes_before_what_is_left_out(
+    store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch, n_others_wanted: int
+) -> None:
+    """A word that is too common everywhere, but not among what is wanted, finds all that it is in there."""
+    monkeypatch.setattr(full_text, "MAX_SCORED_ROWS", 50)
+    monkeypatch.setattr(full_text, "_MAX_HITS", 200)
+    await store.add_embeddings([make(f"a wing on page {i}") for i in range(600)])
+    others = await store.add_embeddings([make(f"nothing of it {i}") for i in range(n_others_wanted)])
+    await store.add_embeddings([make("the rare thing"), make("a wing in another model", model="other")])
+    texts = [f"wing {i} of many words in a row" for i in range(9)] + ["wing"]
+    rows = await store.add_embeddings([make(text) for text in texts])
+    await store.add_embeddings([make(f"a wing on page {i}") for i in range(600, 1_200)])
+    for query in ("rare wing", "wing", "a wing in the rare"):
+        found = await search(store, query, limit=10, row_ids=[*others, *rows])
+        assert set(found[:10]) == set(texts)
+    assert (await search(store, "wing", limit=1, row_ids=[*others, *rows])) == ["wing"]
+    assert await search(store, "rare wing", model="other") == ["a wing in another model"]
+
+
+async def test_too_common_words_are_left_out_among_what_is_wanted(
+    store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many rows that may be found, those with the rare words are; a common word alone still finds something."""
+    monkeypatch.setattr(full_text, "MAX_SCORED_ROWS", 50)
+    monkeypatch.setattr(full_text, "_MAX_HITS", 200)
+    rows = await store.add_embeddings([make(f"common number {i}") for i in range(600)])
+    wanted = rows[::2]
+    assert await search(store, "common number 8", row_ids=wanted) == ["common number 8"]
+    assert await search(store, "common number 7", limit=400, row_ids=wanted) != []
+    assert len(await search(store, "common", limit=400, row_ids=wanted)) == 200
+    assert await search(store, "common", row_ids=[]) == []
+
+
 async def test_queries_are_found_once_they_are_texts(store: EmbeddingStore) -> None:
     """Both when the index had passed their row already and when it had not."""
     [early] = await store.add_embeddings([make_query("early query")])
@@ -215,6 +249,7 @@ async def test_common_words_are_left_out_where_they_are_too_many(
 ) -> None:
     """The rare ones are always looked for; a common one alone still finds something."""
     monkeypatch.setattr(full_text, "MAX_SCORED_ROWS", 50)
+    monkeypatch.setattr(full_text, "_MAX_HITS", 200)
     await store.add_embeddings([make(f"common number {i}") for i in range(300)])
     assert await search(store, "common number 7") == ["common number 7"]
     assert len(await search(store, "common", limit=400)) == 200
