@@ -38,8 +38,8 @@ TESTS_WITH_SERVERS := tests/integration tests/e2e tests/clients
 TESTS_WITHOUT_SERVERS := tests/unit tests/api tests/contracts tests/fuzz tests/golden
 # Run a second time, on the newest SQLite instead of Python's, where there is a wheel of it.
 TESTS_OF_SQLITE := tests/unit/test_full_text.py tests/unit/test_store.py tests/unit/test_collections.py \
-	tests/unit/test_migrations.py tests/unit/test_write_queue.py tests/integration/test_upgrade.py \
-	tests/api/test_collections_and_deletions.py
+	tests/unit/test_migrations.py tests/unit/test_write_queue.py tests/unit/test_erasure.py \
+	tests/integration/test_upgrade.py tests/api/test_collections_and_deletions.py
 
 help:
 	@echo 'make run          make the environment, install what is needed, serve in the foreground'

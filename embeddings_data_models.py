@@ -277,6 +277,12 @@ class DeletionResponse(BaseModel):
     number_of_deleted_embeddings: int = Field(
         description="Texts that are forgotten, counted once for each model and recipe.", examples=[1]
     )
+    erasure: Literal["pending"] | None = Field(
+        None,
+        description="Only if not all of its bytes are overwritten yet: a long read, such as a backup, keeps them in "
+        "the log of the database. No request finds them, and they are overwritten as soon as it ends.",
+        examples=["pending"],
+    )
 
 
 class EmbeddingResponse(BaseModel):

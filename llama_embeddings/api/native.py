@@ -37,6 +37,7 @@ from llama_embeddings.api.dependencies import (
 )
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.api.replies import describe_answers, render_download, render_json
+from llama_embeddings.services.contents import Deletion
 from llama_embeddings.services.downloads import render_token_level_bundle
 
 router = APIRouter()
@@ -72,10 +73,10 @@ async def get_all_stored_strings(
     return AllStringsResponse(strings=texts)
 
 
-@router.delete("/stored_strings/", tags=["Stored"], responses=_DELETING_ERRORS)
+@router.delete("/stored_strings/", tags=["Stored"], responses=_DELETING_ERRORS, response_model_exclude_none=True)
 async def delete_stored_string(request: DeleteStringRequest, services: CurrentServices) -> DeletionResponse:
     """Forget a text: its embeddings by every model, in every collection, and those of its tokens."""
-    return DeletionResponse(number_of_deleted_embeddings=await services.contents.delete_text(request.text))
+    return _describe_deletion(await services.contents.delete_text(request.text))
 
 
 @router.get("/get_all_stored_documents/", tags=["Stored"], responses=_LISTING_ERRORS)
@@ -96,7 +97,7 @@ async def get_all_stored_documents(
     return AllDocumentsResponse(documents=filenames)
 
 
-@router.delete("/stored_documents/", tags=["Stored"], responses=_DELETING_ERRORS)
+@router.delete("/stored_documents/", tags=["Stored"], responses=_DELETING_ERRORS, response_model_exclude_none=True)
 async def delete_stored_document(
     filename: Annotated[str, Query(description="Name of the file as it is listed.", examples=["sherlock_holmes.txt"])],
     services: CurrentServices,
@@ -104,10 +105,17 @@ async def delete_stored_document(
     corpus_identifier_string: InCollection = None,
 ) -> DeletionResponse:
     """Forget a document and its sentences, but for those that were embedded by themselves or stand in another one."""
-    number = await services.contents.delete_document(
+    deletion = await services.contents.delete_document(
         filename, model_name=model_name, collection=corpus_identifier_string
     )
-    return DeletionResponse(number_of_deleted_embeddings=number)
+    return _describe_deletion(deletion)
+
+
+def _describe_deletion(deletion: Deletion) -> DeletionResponse:
+    return DeletionResponse(
+        number_of_deleted_embeddings=deletion.n_embeddings,
+        erasure=None if deletion.is_erased else "pending",
+    )
 
 
 @router.get("/get_list_of_collections/", tags=["Stored"], responses=describe_statuses(401, 503))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from embeddings_data_models import StoredCollection
 from llama_embeddings.errors import NotFound
 from llama_embeddings.services.embeddings import EmbeddingService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.token_index import TokenIndex
 from llama_embeddings.storage.store import EmbeddingStore
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """How many embeddings were forgotten, and whether their bytes are overwritten: False if they are yet to be."""
+
+    n_embeddings: int
+    is_erased: bool
 
 
 class ContentsService:
@@ -47,8 +57,8 @@ class ContentsService:
         """Every collection that was ever named, oldest first."""
         return await self._store.list_collections()
 
-    async def delete_text(self, text: str) -> int:
-        """Forget a text under every model, in every collection; returns how many embeddings it had.
+    async def delete_text(self, text: str) -> Deletion:
+        """Forget a text under every model, in every collection.
 
         Raises NotFound if neither its embedding nor those of its tokens are stored.
         """
@@ -57,19 +67,20 @@ class ContentsService:
         await self._token_index.remove(removal.bundles)
         if not removal.rows and not removal.bundles:
             raise NotFound("This text is not stored. Texts are told apart by their exact characters.", field="text")
-        return len(removal.rows)
+        return Deletion(len(removal.rows), await self._store.erase(removal))
 
-    async def delete_document(self, filename: str, *, model_name: str | None, collection: str | None) -> int:
-        """Forget the documents of a name with the sentences that nobody else holds; returns how many sentences.
+    async def delete_document(self, filename: str, *, model_name: str | None, collection: str | None) -> Deletion:
+        """Forget the documents of a name with the sentences that nobody else holds.
 
         Of one model and collection, or of all where none is named. Raises NotFound if there is no such document.
         """
         name = self._resolve(model_name)
         removal = await self._store.delete_document(filename, model_name=name, collection=collection)
         await self._embeddings.forget(removal.rows)
+        await self._token_index.remove(removal.bundles)
         if not removal.n_documents:
             raise NotFound(f"No document {filename!r} is stored there.", field="filename")
-        return len(removal.rows)
+        return Deletion(len(removal.rows), await self._store.erase(removal))
 
     def _check_model(self, model_name: str | None, *, is_empty: bool) -> None:
         """Tell a model without anything stored from a name that is no model's; a model that is gone may have texts."""

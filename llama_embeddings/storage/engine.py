@@ -13,8 +13,8 @@ from __future__ import annotations
 import enum
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -30,6 +30,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 
 from llama_embeddings.errors import ConfigurationError, ServiceError, StoreBusy, StoreFull, StoreUnusable
+
+SQLITE_VERSION = sqlite3.sqlite_version_info
 
 N_READERS = 4
 N_SEARCHERS = 2
@@ -81,8 +83,9 @@ WRITER_PRAGMAS = (
     "PRAGMA wal_autocheckpoint = 16000",
     # A log that a long read or a backup let grow is cut back to 96 MiB at the next checkpoint.
     "PRAGMA journal_size_limit = 100663296",
-    # Some builds turn it on, and then pay for every page that an insert splits. See `overwriting_deleted`.
-    "PRAGMA secure_delete = OFF",
+    # What is deleted is overwritten with zeros, and so is the place that a row leaves when it grows or its page is
+    # split: a row that is deleted later would leave its earlier copies behind. It costs no insert anything.
+    "PRAGMA secure_delete = ON",
 )
 
 READER_PRAGMAS = (
@@ -186,6 +189,26 @@ def create_writer_engine(url: URL, *, cache_in_mb: int = WRITER_CACHE_IN_MB) -> 
     _configure_connections(engine, (*WRITER_PRAGMAS, f"PRAGMA cache_size = -{cache_in_mb * 1024}"))
     event.listen(engine, "begin", _begin_immediate)
     return engine
+
+
+def create_erasure_engine(url: URL) -> Engine:
+    """An engine of one connection that does nothing but `empty_log`."""
+    engine = _create_thread_engine(url, connect_args={"check_same_thread": False}, isolation_level="AUTOCOMMIT")
+    # Waits so long between two of the writer's transactions, and for reads that are about to end.
+    _configure_connections(engine, ("PRAGMA busy_timeout = 50",))
+    return engine
+
+
+def empty_log(engine: Engine) -> bool:
+    """Copy the write-ahead log into the database and cut it to nothing. False if somebody reads an earlier state."""
+    try:
+        with engine.connect() as connection:
+            [is_busy, _, _] = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+    except DBAPIError as error:
+        if classify_fault(error) is not Fault.LOCKED:
+            raise
+        return False
+    return not is_busy
 
 
 def create_lookup_engine(url: URL) -> Engine:
@@ -350,16 +373,6 @@ def forget_tables(connection: Connection, tables: Sequence[str]) -> None:
 def touch(connection: Connection) -> None:
     """Write one page without changing anything: proves that the database can be written."""
     write_version(connection, read_version(connection))
-
-
-@contextmanager
-def overwriting_deleted(connection: Connection) -> Iterator[None]:
-    """Inside, what is deleted is overwritten with zeros instead of being left in free pages."""
-    connection.exec_driver_sql("PRAGMA secure_delete = ON")
-    try:
-        yield
-    finally:
-        connection.exec_driver_sql("PRAGMA secure_delete = OFF")
 
 
 async def vacuum_into(engine: AsyncEngine, target: Path) -> None:

@@ -10,7 +10,8 @@ FTS5 believes what it is told to remove, and is damaged by a row that it never h
 it holds, in `full_text_docsize`, in the same transaction: that table is asked before a row is put in or removed.
 
 The index can be made anew from the rows, so damage to it is no damage to the database: it is raised as
-FullTextUnavailable, and `start_anew` is the remedy.
+FullTextUnavailable, and `start_anew` is the remedy. An SQLite before 3.42 does not know the format in which a later
+one overwrites what it removes, and takes it for damage.
 
 Like `engine.py`, particular to SQLite. Neither begins nor ends a transaction, and decides nothing about when the index
 follows the rows: that is `full_text_follower.py`.
@@ -30,7 +31,14 @@ from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from llama_embeddings.errors import FullTextUnavailable
-from llama_embeddings.storage.engine import MAX_LIST_LENGTH, Fault, classify_fault, fetch_by_ids, forget_tables
+from llama_embeddings.storage.engine import (
+    MAX_LIST_LENGTH,
+    SQLITE_VERSION,
+    Fault,
+    classify_fault,
+    fetch_by_ids,
+    forget_tables,
+)
 
 CREATE_INDEX = """
     CREATE VIRTUAL TABLE full_text USING fts5(
@@ -67,6 +75,8 @@ _READ_PROGRESS = text("SELECT last_row_id FROM full_text_progress")
 _WRITE_PROGRESS = text("UPDATE full_text_progress SET last_row_id = :last_row_id")
 _INSERT = text("INSERT INTO full_text (rowid, text) VALUES (:row_id, :text)")
 _REMOVE = text("INSERT INTO full_text (full_text, rowid, text) VALUES ('delete', :row_id, :text)")
+_READ_SECURE_DELETE = text("SELECT v FROM full_text_config WHERE k = 'secure-delete'")
+_SET_SECURE_DELETE = text("INSERT INTO full_text (full_text, rank) VALUES ('secure-delete', 1)")
 _COUNT_ROWS = text("SELECT count(*) FROM (SELECT 1 FROM full_text_docsize LIMIT :limit)")
 _COUNT_MATCHES = text("SELECT count(*) FROM (SELECT 1 FROM full_text WHERE full_text MATCH :query LIMIT :limit)")
 _READ_MATCHES = text(
@@ -180,7 +190,15 @@ def remove_rows(connection: Connection, rows: Sequence[tuple[int, str]]) -> None
         return
     with _telling_damage():
         held = _find_held(connection, rows)
+        if held:
+            _overwrite_removed(connection)
         _execute(connection, _REMOVE, [row for row in rows if row[0] in held])
+
+
+def _overwrite_removed(connection: Connection) -> None:
+    """Have FTS5 take words out of its pages at once, where it can, and not when they are merged."""
+    if SQLITE_VERSION >= (3, 42) and connection.execute(_READ_SECURE_DELETE).scalar_one_or_none() != 1:
+        connection.execute(_SET_SECURE_DELETE)
 
 
 def _read_progress(connection: Connection) -> int:

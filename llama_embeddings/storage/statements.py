@@ -318,6 +318,24 @@ DELETE_BUNDLES_OF_TEXT = (
     .returning(bundles.c.model_name, bundles.c.recipe, bundles.c.id, bundles.c.n_tokens)
 )
 
+DELETE_BUNDLES_OF_GONE_TEXTS = (
+    delete(bundles)
+    .where(
+        _is_any_of(bundles.c.input_text_hash, "text_hashes"),
+        ~exists().where(embeddings.c.text_hash == bundles.c.input_text_hash),
+    )
+    .returning(bundles.c.model_name, bundles.c.recipe, bundles.c.id, bundles.c.n_tokens)
+)
+
+# Near which the tokens of a bundle were.
+FIND_TOKEN_BEFORE_BUNDLE = select(
+    select(tokens.c.id)
+    .where(tokens.c.token_level_embedding_bundle_id < bindparam("bundle_id"))
+    .order_by(tokens.c.token_level_embedding_bundle_id.desc(), tokens.c.position.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+
 READ_DIGITS_OF_BUNDLE_HASHES = _make_read_digits(bundles, "input_text_hash")
 
 FIND_BUNDLE_GROUPS = select(bundles.c.model_name, bundles.c.recipe).distinct()

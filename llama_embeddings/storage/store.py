@@ -56,11 +56,13 @@ from llama_embeddings.storage.engine import (
     WRITER_CACHE_IN_MB,
     Fault,
     classify_fault,
+    create_erasure_engine,
     create_lookup_engine,
     create_reader_engine,
     create_search_engine,
     create_writer_engine,
     describe_fault,
+    empty_log,
     fetch_by_ids,
     find_file,
     inspect_file,
@@ -68,9 +70,11 @@ from llama_embeddings.storage.engine import (
     parse_database_url,
     vacuum_into,
 )
+from llama_embeddings.storage.erasure import Erasure
 from llama_embeddings.storage.filters import RowFilter
 from llama_embeddings.storage.full_text_follower import MAX_ROWS_TO_WAIT_FOR, FullTextFollower
 from llama_embeddings.storage.migrations import find_newest_version, migrate
+from llama_embeddings.storage.page_gaps import Place, overwrite_remains
 from llama_embeddings.storage.write_queue import WriteQueue
 from llama_embeddings.storage.writes import DocumentSelection, Placement, Removal, split
 
@@ -118,6 +122,8 @@ class EmbeddingStore:
         self._write_queue = write_queue
         self._collection_names = CollectionNames()
         self._full_text = FullTextFollower(write_queue, self._read_full_text_position)
+        self._eraser = create_erasure_engine(url)
+        self._erasure = Erasure(lambda: empty_log(self._eraser), self._overwrite_remains)
         self._path = find_file(url)
         self._inode = self._path.stat().st_ino
 
@@ -159,6 +165,8 @@ class EmbeddingStore:
         store = cls(writer, url, write_queue)
         if is_full_text_damaged:
             await store._full_text.start_anew()
+        # What an earlier process deleted may stand in its log yet.
+        store._erasure.begin()
         if follows_full_text:
             store._full_text.start()
         return store
@@ -172,6 +180,8 @@ class EmbeddingStore:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
         await self._full_text.stop()
         await self._write_queue.stop()
+        await self._erasure.stop()
+        self._eraser.dispose()
         await self._readers.dispose()
         self._lookup_thread.shutdown()
         self._lookups.dispose()
@@ -543,7 +553,10 @@ class EmbeddingStore:
     # --- forgetting ---
 
     async def delete_text(self, text: str) -> Removal:
-        """Forget a text under every model and recipe, in every collection, with its token-level bundles."""
+        """Forget a text under every model and recipe, in every collection, with its token-level bundles.
+
+        See `erase` for what is left of it.
+        """
         return await self._full_text.submit(writes.delete_texts, text)
 
     async def delete_document(
@@ -557,6 +570,26 @@ class EmbeddingStore:
         return await self._full_text.submit(
             writes.delete_documents, DocumentSelection(filename, model_name, collection)
         )
+
+    async def erase(self, removal: Removal) -> bool:
+        """Overwrite what is left of removed texts in the log and between rows. It waits some two seconds at most.
+
+        False: a long read keeps it there; it goes as soon as that ends.
+        """
+        places = [Place("embeddings", row_id) for _, _, row_id in removal.rows]
+        places += [Place("documents", row_id) for row_id in removal.document_ids]
+        places += [Place("document_embeddings", row_id) for row_id in removal.document_embedding_ids]
+        for _, _, bundle_id, _ in removal.bundles:
+            places.append(Place("token_level_embedding_bundles", bundle_id))
+            [[token_id]] = await self._fetch(statements.FIND_TOKEN_BEFORE_BUNDLE, {"bundle_id": bundle_id})
+            places.append(Place("token_level_embeddings", (token_id or 0) + 1))
+        return await self._erasure.erase(places)
+
+    async def _overwrite_remains(self, places: Sequence[Place]) -> int:
+        def overwrite(connection: Connection, payloads: Sequence[Sequence[Place]]) -> list[int]:
+            return [overwrite_remains(connection, self._path, payload) for payload in payloads]
+
+        return await self._write_queue.submit(overwrite, places)
 
     # --- jobs ---
 

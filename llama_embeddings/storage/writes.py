@@ -34,7 +34,7 @@ from embeddings_data_models import (
 )
 from llama_embeddings.errors import Unavailable
 from llama_embeddings.storage import full_text, statements
-from llama_embeddings.storage.engine import MAX_LIST_LENGTH, overwriting_deleted, touch
+from llama_embeddings.storage.engine import MAX_LIST_LENGTH, touch
 
 Element = TypeVar("Element")
 
@@ -52,11 +52,16 @@ RemovedBundle = tuple[str, str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What was forgotten: rows of embeddings, token-level bundles, and how many documents."""
+    """What was forgotten: rows of embeddings, token-level bundles, and documents.
+
+    `n_documents` counts those that only left a collection, too; the ids are of those that are gone.
+    """
 
     rows: list[RemovedRow]
     bundles: list[RemovedBundle] = field(default_factory=list)
     n_documents: int = 0
+    document_ids: list[int] = field(default_factory=list, compare=False)
+    document_embedding_ids: list[int] = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,40 +443,54 @@ def _describe_sentences(places: SentencePlaces, row_id: int, first: int) -> list
 
 def delete_texts(connection: Connection, texts: Sequence[str]) -> list[Removal]:
     """Remove each text's embeddings and token-level bundles under every model and recipe."""
-    with overwriting_deleted(connection):
-        return [_delete_text(connection, text) for text in texts]
+    return [_delete_text(connection, text) for text in texts]
 
 
 def _delete_text(connection: Connection, text: str) -> Removal:
     key = {"text_hash_to_delete": compute_text_hash(text)}
-    bundles = [
-        (model_name, recipe, row_id, n_tokens)
-        for model_name, recipe, row_id, n_tokens in connection.execute(statements.DELETE_BUNDLES_OF_TEXT, key)
-    ]
-    return Removal(_delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key), bundles)
+    bundles = _fetch_bundles(connection, statements.DELETE_BUNDLES_OF_TEXT, key)
+    rows = _delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
+    return Removal([row for row, _ in rows], bundles)
 
 
 def delete_documents(connection: Connection, selections: Sequence[DocumentSelection]) -> list[Removal]:
     """Remove documents with the sentences that nobody else holds: no other document, and no collection by itself.
 
+    With a sentence go the embeddings of its tokens, unless another row has the same text.
+
     Of a document that is in several collections, one that was selected by one of them only leaves that one.
     """
-    with overwriting_deleted(connection):
-        return [_delete_documents(connection, selection) for selection in selections]
+    return [_delete_documents(connection, selection) for selection in selections]
 
 
 def _delete_documents(connection: Connection, selection: DocumentSelection) -> Removal:
     statement = statements.find_document_ids(selection.filename, selection.model_name, selection.collection)
     selected = list(connection.execute(statement).scalars())
     doomed = _leave_collection(connection, selected, selection.collection) if selection.collection else selected
-    rows: list[RemovedRow] = []
+    rows: list[tuple[RemovedRow, str]] = []
+    holders: dict[str, list[int]] = {"doomed": []}
     if doomed:
         found = connection.execute(statements.FIND_EMBEDDINGS_OF_DOCUMENTS, {"document_ids": doomed})
         holders = {"doomed": list(found.scalars())}
         rows = _delete_embeddings(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, holders)
         connection.execute(statements.HAND_ON_SENTENCES, holders)
         connection.execute(statements.DELETE_DOCUMENTS, {"document_ids": doomed})
-    return Removal(rows, n_documents=len(selected))
+    bundles = _delete_bundles_of_gone_texts(connection, {text for _, text in rows})
+    return Removal([row for row, _ in rows], bundles, len(selected), doomed, holders["doomed"])
+
+
+def _delete_bundles_of_gone_texts(connection: Connection, texts: Collection[str]) -> list[RemovedBundle]:
+    """Token-level bundles of texts that no row has any more."""
+    bundles: list[RemovedBundle] = []
+    for part in split([compute_text_hash(text) for text in texts]):
+        bundles.extend(_fetch_bundles(connection, statements.DELETE_BUNDLES_OF_GONE_TEXTS, {"text_hashes": part}))
+    return bundles
+
+
+def _fetch_bundles(connection: Connection, statement: Executable, parameters: Mapping[str, Any]) -> list[RemovedBundle]:
+    return [
+        (model_name, recipe, row_id, n) for model_name, recipe, row_id, n in connection.execute(statement, parameters)
+    ]
 
 
 def _leave_collection(connection: Connection, document_ids: list[int], collection: str) -> list[int]:
@@ -484,10 +503,11 @@ def _leave_collection(connection: Connection, document_ids: list[int], collectio
 
 def _delete_embeddings(
     connection: Connection, statement: Executable, parameters: Mapping[str, Any]
-) -> list[RemovedRow]:
+) -> list[tuple[RemovedRow, str]]:
+    """The rows that are gone, with their texts."""
     rows = connection.execute(statement, parameters).all()
     full_text.remove_rows(connection, [(row_id, text) for _, _, row_id, text in rows])
-    return [(model_name, recipe, row_id) for model_name, recipe, row_id, _ in rows]
+    return [((model_name, recipe, row_id), text) for model_name, recipe, row_id, text in rows]
 
 
 # --- jobs ---

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from llama_embeddings.storage import erasure
 from tests.serving import FAKE_MODEL_NAME, RunningApplication, run_application, wait_until
 
 EMBED = "/get_embedding_vector_for_string/"
@@ -192,6 +194,40 @@ async def test_deleted_text_is_gone_at_once_and_after_a_restart(tmp_path: Path) 
         assert await search(running.client, "anything") == {"remember me"}
         assert (await embed(running.client, "forget me")).headers["x-embedding-source"] == "computed"
         assert await search(running.client, "anything") == {"remember me", "forget me"}
+
+
+async def test_deletion_says_when_its_bytes_are_not_overwritten_yet(
+    running: RunningApplication, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of another process holds the log; nothing is found any more, and a deletion after it says nothing."""
+    monkeypatch.setattr(erasure, "WAIT_SECONDS", 0.2)
+    await embed(running.client, "the first needle")
+    await send_document(running.client, "weather.txt")
+    with closing(sqlite3.connect(running.database, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM embeddings").fetchone()
+        reply = await delete_text(running.client, "the first needle")
+        assert reply.json() == {"number_of_deleted_embeddings": 1, "erasure": "pending"}
+        reply = await delete_document(running.client, "weather.txt")
+        assert reply.json() == {"number_of_deleted_embeddings": 2, "erasure": "pending"}
+        assert await list_all(running.client, STRINGS) == []
+    await embed(running.client, "the second needle")
+    reply = await delete_text(running.client, "the second needle")
+    assert reply.json() == {"number_of_deleted_embeddings": 1}
+    data = b"".join(path.read_bytes() for path in running.database.parent.rglob("*.sqlite*") if path.is_file())
+    for text in ("the first needle", "the second needle", SENTENCES[0]):
+        assert text.encode() not in data
+
+
+async def test_deleted_document_takes_the_embeddings_of_its_tokens(running: RunningApplication) -> None:
+    """Also out of the index of tokens; they are computed anew for whoever asks."""
+    await send_document(running.client, "weather.txt")
+    reply = await running.client.post(TOKENS, json={"text": SENTENCES[0]})
+    assert reply.status_code == 200, reply.text
+    assert (await delete_document(running.client, "weather.txt")).status_code == 200
+    with closing(sqlite3.connect(running.database)) as connection:
+        for table in ("token_level_embedding_bundles", "token_level_embeddings"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
 
 
 async def test_deleted_queries_harm_neither_search_nor_deletion(tmp_path: Path) -> None:
