@@ -43,6 +43,7 @@ class Erasure:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-erasure")
         self._waiting: list[tuple[asyncio.Future[None], Sequence[Place]]] = []
         self._task: asyncio.Task[None] | None = None
+        self._last_reason = ""
 
     def begin(self, places: Sequence[Place] = ()) -> asyncio.Future[None]:
         """Have what was deleted until now, from these places, erased in the background; the future tells when it is."""
@@ -76,7 +77,7 @@ class Erasure:
                 for erased, _ in answered:
                     if not erased.done():
                         erased.set_result(None)
-                pause = FIRST_PAUSE_SECONDS
+                pause, self._last_reason = FIRST_PAUSE_SECONDS, ""
             else:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
@@ -89,9 +90,15 @@ class Erasure:
             if not places or not await self._overwrite_remains(places):
                 return True
             return await run(self._thread, self._empty_log)
-        except Exception as error:
-            # Whatever it was: without this task, deletions would be pending for ever. The deletion itself is committed.
-            is_known = isinstance(error, DBAPIError | ServiceError | OSError)
-            reason = error.orig if isinstance(error, DBAPIError) else error
-            logger.warning("Could not erase what was deleted: %s", reason, exc_info=None if is_known else error)
+        except Exception as error:  # noqa: BLE001 - without this task, deletions would be pending for ever
+            # The deletion itself is committed.
+            self._log(error)
             return False
+
+    def _log(self, error: Exception) -> None:
+        """Once for as long as the reason is the same: a full disk may stay full for hours."""
+        is_known = isinstance(error, DBAPIError | ServiceError | OSError)
+        reason = repr(error.orig if isinstance(error, DBAPIError) else error)
+        if reason != self._last_reason:
+            logger.warning("Could not erase what was deleted: %s", reason, exc_info=None if is_known else error)
+        self._last_reason = reason
