@@ -964,6 +964,17 @@ class FullTextProgress(Base):
     last_row_id: Mapped[int] = mapped_column(Integer)
 
 
+class IndexSnapshot(Base):
+    """The last snapshot of an index; the file is only believed if it has this number."""
+
+    __tablename__ = "index_snapshots"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    model_name: Mapped[str] = mapped_column(String, primary_key=True)
+    family: Mapped[str] = mapped_column(String, primary_key=True)
+    number: Mapped[str] = mapped_column(String(32))
+
+
 class DocumentJobRow(_RequestTimes, Base):
     """A document submitted to be embedded in the background; its bytes lie in a file until it is finished."""
 

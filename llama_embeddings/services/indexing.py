@@ -37,6 +37,7 @@ from llama_embeddings.vectors.snapshots import (
     UnusableSnapshot,
     compute_digests,
     delete_leftovers,
+    draw_number,
     read_snapshot,
     write_snapshot,
 )
@@ -81,6 +82,15 @@ class VectorSource(Protocol):
     async def read_vectors(self, row_ids: np.ndarray) -> FoundRows:
         """Ids int64 (m,) and vectors float32 (m, n_dims) of those rows of one index that are there, in any order."""
 
+    async def read_last_id(self) -> int:
+        """The highest id that a row ever had, there or not: a snapshot with a higher one is of another database."""
+
+    async def find_snapshot_number(self, model_name: str, family: str) -> str | None:
+        """The number of the last snapshot of an index that was committed, or None."""
+
+    async def put_snapshot_number(self, model_name: str, family: str, number: str) -> None:
+        """Commit the number of a snapshot, whose rows are all committed."""
+
 
 class TextVectors:
     """The embeddings of texts."""
@@ -90,6 +100,9 @@ class TextVectors:
     def __init__(self, store: EmbeddingStore) -> None:
         self._store = store
         self.read_vectors = store.read_vectors_of_rows
+        self.read_last_id = store.find_last_row_id_ever
+        self.find_snapshot_number = store.find_snapshot_number
+        self.put_snapshot_number = store.put_snapshot_number
 
     async def keys(self) -> list[Key]:
         """Every model and recipe family with rows."""
@@ -258,11 +271,24 @@ class IndexService:
             snapshot = await asyncio.to_thread(read_snapshot, self._directory, key)
             if snapshot is None:
                 return None
+            await self._check_history(snapshot, source)
             await self._check_witnesses(snapshot, source)
         except (UnusableSnapshot, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("The snapshot of the index of %s is not used, as %s; made anew", key[0], error)
             return None
         return self._indexes.thaw(*key, snapshot.frozen)
+
+    async def _check_history(self, snapshot: Snapshot, source: VectorSource) -> None:
+        """Raise UnusableSnapshot unless the database went through the state that the snapshot is of.
+
+        A restored backup gives ids that the snapshot knows to other rows. It either lacks the number, or was made after
+        the snapshot: then it has used all of the snapshot's ids already, and never gives them again.
+        """
+        if not snapshot.number or snapshot.number != await source.find_snapshot_number(*snapshot.key):
+            raise UnusableSnapshot("it is of another database, or of another state of this one")
+        row_ids = snapshot.frozen.row_ids
+        if len(row_ids) and int(row_ids[-1]) > await source.read_last_id():
+            raise UnusableSnapshot("it holds rows that the database has never had")
 
     async def _check_witnesses(self, snapshot: Snapshot, source: VectorSource) -> None:
         """Raise UnusableSnapshot if rows of these ids now hold other vectors: the database was replaced."""
@@ -299,7 +325,11 @@ class IndexService:
         await asyncio.to_thread(self._upkeep_thread.shutdown)
         for key, index in self._indexes.items():
             if index.n_unsaved:
-                await self._save(key, index, self._find_source(key[1]))
+                try:
+                    await self._save(key, index, self._find_source(key[1]))
+                except ServiceError as error:
+                    # What else has to be ended must be, with a database that cannot be read as well.
+                    logger.warning("The index of %s is made anew at the next start: %s", key[0], error)
 
     async def _keep_up(self) -> None:
         while True:
@@ -393,12 +423,18 @@ class IndexService:
         digests = dict(zip(witnesses[0].tolist(), compute_digests(witnesses[1]), strict=True))
         # Also where it fails: with no room on the disk, trying again after each row helps nobody.
         index.note_saved(frozen)
-        await self._try_files(write_snapshot, self._directory, Snapshot(key, frozen, digests))
+        snapshot = Snapshot(key, frozen, digests, draw_number())
+        loop = asyncio.get_running_loop()
+
+        def commit_number() -> None:
+            asyncio.run_coroutine_threadsafe(source.put_snapshot_number(*key, snapshot.number), loop).result()
+
+        await self._try_files(write_snapshot, self._directory, snapshot, commit_number)
 
     async def _try_files(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             await asyncio.to_thread(function, *arguments)
-        except OSError as error:
+        except (OSError, ServiceError) as error:
             logger.warning("The snapshots of the indexes cannot be kept up to date: %s", error)
 
 

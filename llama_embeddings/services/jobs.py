@@ -30,7 +30,15 @@ from embeddings_data_models import (
     StoredDocument,
     utc_now,
 )
-from llama_embeddings.errors import NotFound, Overloaded, ResultNotAvailable, ServiceError, StoreFull, Unavailable
+from llama_embeddings.errors import (
+    NotFound,
+    Overloaded,
+    ResultNotAvailable,
+    ServiceError,
+    StoreFull,
+    StoreUnusable,
+    Unavailable,
+)
 from llama_embeddings.services.document_files import DocumentFile
 from llama_embeddings.services.documents import DocumentAnswer, DocumentService
 from llama_embeddings.services.models import ModelService
@@ -57,17 +65,18 @@ class _Job:
     progress: Progress = field(default_factory=Progress)
     task: asyncio.Task[DocumentAnswer] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    obstacle: Unavailable | None = None
+    obstacle: ServiceError | None = None
 
     def report(self, n_done: int, n_total: int | None) -> None:
         self.obstacle = None
         self.progress.report(n_done, n_total)
         self.notify()
 
-    def wait_for(self, obstacle: Unavailable) -> None:
-        """Note what keeps the job from going on for the moment."""
+    async def wait_out(self, obstacle: ServiceError) -> None:
+        """Note what keeps the job from going on for the moment, and wait until it is worth another try."""
         self.obstacle = obstacle
         self.notify()
+        await asyncio.sleep(_choose_pause(obstacle))
 
     def notify(self) -> None:
         """Wake everybody who waits for a change, and let those who come wait for the next one."""
@@ -278,9 +287,9 @@ class JobService:
                         stamp=record.stamp,
                         report=job.report,
                     )
-                except Unavailable as error:
-                    job.wait_for(error)
-                    await asyncio.sleep(min(error.retry_after_seconds, MAX_PAUSE_SECONDS))
+                except (Unavailable, StoreUnusable) as error:
+                    # A database that was moved away cannot be told that the job failed; it may come back.
+                    await job.wait_out(error)
 
     async def _end(self, job: _Job, record: DocumentJob) -> None:
         """Write down how a job ended, then let go of its file."""
@@ -289,9 +298,9 @@ class JobService:
             try:
                 await self._store.put_job(record)
                 break
-            except Unavailable as error:
+            except (Unavailable, StoreUnusable) as error:
                 logger.warning("Job %s ended, which cannot be written down yet: %s", record.id, error.message)
-                await asyncio.sleep(min(error.retry_after_seconds, MAX_PAUSE_SECONDS))
+                await asyncio.sleep(_choose_pause(error))
         await asyncio.to_thread(self._spool_path(record.id).unlink, missing_ok=True)
         job.notify()
         logger.info("Job %s: %s", record.id, record.state)
@@ -308,6 +317,11 @@ class JobService:
 
     def _spool_path(self, job_id: str) -> Path:
         return self._spool_directory / job_id
+
+
+def _choose_pause(obstacle: ServiceError) -> float:
+    seconds = obstacle.retry_after_seconds if isinstance(obstacle, Unavailable) else MAX_PAUSE_SECONDS
+    return min(seconds, MAX_PAUSE_SECONDS)
 
 
 def _open_spooled(path: Path) -> DocumentFile:

@@ -30,6 +30,12 @@ class TokenVectors:
 
     def __init__(self, store: EmbeddingStore) -> None:
         self._store = store
+        self.find_snapshot_number = store.find_snapshot_number
+        self.put_snapshot_number = store.put_snapshot_number
+
+    async def read_last_id(self) -> int:
+        """The last possible id of a token of the last bundle there ever was."""
+        return (await self._store.find_last_bundle_id_ever() + 1) * PLACES_PER_BUNDLE - 1
 
     async def keys(self) -> list[Key]:
         """Every model and token-level recipe family with rows."""

@@ -229,6 +229,7 @@ def _create_thread_reader(url: URL, *, n_connections: int) -> Engine:
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
     )
+    open_existing_file_only(engine)
     _configure_connections(engine, READER_PRAGMAS)
     return engine
 
@@ -257,8 +258,19 @@ def create_reader_engine(url: URL) -> AsyncEngine:
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
     )
+    open_existing_file_only(engine.sync_engine)
     _configure_connections(engine.sync_engine, READER_PRAGMAS)
     return engine
+
+
+def open_existing_file_only(engine: Engine, *, mode: str = "rw") -> None:
+    """Let further connections fail where there is no file, instead of making an empty one. `mode`: `rw` or `ro`."""
+
+    def name_mode(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+        arguments[0] = f"{Path(arguments[0]).absolute().as_uri()}?mode={mode}"
+        options["uri"] = True
+
+    event.listen(engine, "do_connect", name_mode)
 
 
 def _configure_connections(engine: Engine, pragmas: tuple[str, ...]) -> None:
@@ -384,6 +396,13 @@ async def vacuum_into(engine: AsyncEngine, target: Path) -> None:
             await connection.exec_driver_sql("VACUUM INTO ?", (str(target),))
     finally:
         await copier.dispose()
+
+
+def forget_snapshots(path: Path) -> None:
+    """Let a copy know of no snapshot of an index: they are the original's, and go on with it."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DELETE FROM index_snapshots")
+        connection.commit()
 
 
 def inspect_file(path: Path, newest_version: int) -> bool:

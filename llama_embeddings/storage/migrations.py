@@ -296,12 +296,29 @@ FULL_TEXT_ANEW = Migration(
     statements=("UPDATE full_text_progress SET last_row_id = -1",),
 )
 
+# A file beside the database is only believed if the database has the file's number: see `vectors/snapshots.py`.
+SNAPSHOT_NUMBERS = Migration(
+    version=6,
+    description="numbers of the indexes' snapshots",
+    statements=(
+        """
+        CREATE TABLE index_snapshots (
+            model_name VARCHAR NOT NULL,
+            family VARCHAR NOT NULL,
+            number VARCHAR(32) NOT NULL,
+            PRIMARY KEY (model_name, family)
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
 MIGRATIONS: tuple[Migration, ...] = (
     INITIAL_SCHEMA,
     COLLECTIONS_AND_FULL_TEXT,
     DOCUMENT_JOBS,
     TOKENS_BY_POSITION,
     FULL_TEXT_ANEW,
+    SNAPSHOT_NUMBERS,
 )
 
 

@@ -39,6 +39,7 @@ from embeddings_data_models import (
     DocumentSentence,
     EmbeddingCollection,
     FullTextProgress,
+    IndexSnapshot,
     TextEmbedding,
     TokenLevelEmbedding,
     TokenLevelEmbeddingBundle,
@@ -50,6 +51,7 @@ collections = cast(Table, Collection.__table__)
 embeddings = cast(Table, TextEmbedding.__table__)
 embedding_collections = cast(Table, EmbeddingCollection.__table__)
 document_collections = cast(Table, DocumentCollection.__table__)
+index_snapshots = cast(Table, IndexSnapshot.__table__)
 full_text_progress = cast(Table, FullTextProgress.__table__)
 documents = cast(Table, Document.__table__)
 document_embeddings = cast(Table, DocumentEmbedding.__table__)
@@ -251,6 +253,14 @@ def list_texts(
     part = first_rows.order_by(func.min(embeddings.c.id)).limit(limit).offset(offset).subquery()
     return select(embeddings.c.text).join(part, part.c.id == embeddings.c.id).order_by(embeddings.c.id)
 
+
+# SQLite's own table: ids of AUTOINCREMENT keys are never given twice.
+FIND_LAST_ID_EVER = text("SELECT max(seq) FROM sqlite_sequence WHERE name = :table")
+
+FIND_SNAPSHOT_NUMBER = select(index_snapshots.c.number).where(
+    index_snapshots.c.model_name == bindparam("model_name"), index_snapshots.c.family == bindparam("family")
+)
+PUT_SNAPSHOT_NUMBER = insert_or_overwrite(index_snapshots)
 
 # --- token-level bundles ---
 

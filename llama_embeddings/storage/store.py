@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy import Connection, Engine, Executable, event
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -51,6 +51,7 @@ from llama_embeddings.errors import (
 from llama_embeddings.storage import filters, full_text, statements, writes
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.collection_names import CollectionNames
+from llama_embeddings.storage.database_file import DatabaseFile
 from llama_embeddings.storage.engine import (
     N_SEARCHERS,
     WRITER_CACHE_IN_MB,
@@ -65,8 +66,10 @@ from llama_embeddings.storage.engine import (
     empty_log,
     fetch_by_ids,
     find_file,
+    forget_snapshots,
     inspect_file,
     inspect_header,
+    open_existing_file_only,
     parse_database_url,
     vacuum_into,
 )
@@ -112,7 +115,7 @@ class EmbeddingStore:
     StoreUnusable (the file is damaged). Arrays in results are read-only views of the bytes read.
     """
 
-    def __init__(self, writer: Engine, url: URL, write_queue: WriteQueue) -> None:
+    def __init__(self, writer: Engine, url: URL, write_queue: WriteQueue, file: DatabaseFile) -> None:
         self._writer = writer
         self._lookups = create_lookup_engine(url)
         self._lookup_thread = ThreadPoolExecutor(1, thread_name_prefix="store-lookup")
@@ -124,8 +127,7 @@ class EmbeddingStore:
         self._full_text = FullTextFollower(write_queue, self._read_full_text_position)
         self._eraser = create_erasure_engine(url)
         self._erasure = Erasure(lambda: empty_log(self._eraser), self._overwrite_remains)
-        self._path = find_file(url)
-        self._inode = self._path.stat().st_ino
+        self._file = file
 
     @classmethod
     async def open(
@@ -160,9 +162,12 @@ class EmbeddingStore:
         except StoreUnusable:
             writer.dispose()
             raise
-        write_queue = WriteQueue(writer, batch_size=write_batch_size, backoff=backoff)
+        file = DatabaseFile(find_file(url))
+        event.listen(writer, "connect", lambda *_: file.note_connection())
+        open_existing_file_only(writer)
+        write_queue = WriteQueue(writer, place=file, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
-        store = cls(writer, url, write_queue)
+        store = cls(writer, url, write_queue, file)
         if is_full_text_damaged:
             await store._full_text.start_anew()
         # What an earlier process deleted may stand in its log yet.
@@ -174,7 +179,7 @@ class EmbeddingStore:
     @property
     def path(self) -> Path:
         """The database file."""
-        return self._path
+        return self._file.path
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
@@ -274,6 +279,18 @@ class EmbeddingStore:
     async def find_last_row_id(self, model_name: str, recipe: str) -> int:
         """The newest row's id in a group, 0 if it has none; it costs one lookup, however many rows there are."""
         [[row_id]] = await self._fetch(statements.FIND_LAST_ROW_ID, {"model_name": model_name, "recipe": recipe})
+        return row_id or 0
+
+    async def find_last_row_id_ever(self) -> int:
+        """The highest id that a row of any group has ever had, there or not; 0 if there was none."""
+        return await self._find_last_id("embeddings")
+
+    async def find_last_bundle_id_ever(self) -> int:
+        """The same for token-level bundles."""
+        return await self._find_last_id("token_level_embedding_bundles")
+
+    async def _find_last_id(self, table: str) -> int:
+        [[row_id]] = await self._fetch(statements.FIND_LAST_ID_EVER, {"table": table})
         return row_id or 0
 
     async def sample_vectors(self, model_name: str, recipe: str, *, count: int) -> tuple[int, np.ndarray]:
@@ -605,18 +622,33 @@ class EmbeddingStore:
         """All jobs, oldest first."""
         return [_decode_job(*row) for row in await self._fetch(statements.LIST_JOBS)]
 
+    # --- snapshots of indexes ---
+
+    async def find_snapshot_number(self, model_name: str, family: str) -> str | None:
+        """The number of the last snapshot of an index that this database knows of, or None.
+
+        A copy of the database that was made before the snapshot does not have it; a backup has none at all.
+        """
+        key = {"model_name": model_name, "family": family}
+        return next((number for (number,) in await self._fetch(statements.FIND_SNAPSHOT_NUMBER, key)), None)
+
+    async def put_snapshot_number(self, model_name: str, family: str, number: str) -> None:
+        """Know of a snapshot, in place of the one before it."""
+        await self._write_queue.submit(writes.put_snapshot_numbers, (model_name, family, number))
+
     # --- upkeep ---
 
     async def back_up(self, target: Path) -> None:
         """Write a copy of the last committed state to `target` while serving goes on.
 
-        `target` appears when the copy is complete and on the disk, never before. Raises InvalidInput if it exists
-        already or its directory does not, StoreFull if it cannot be written.
+        `target` appears when the copy is complete and on the disk, never before; it knows of no snapshots of indexes.
+        Raises InvalidInput if it exists already or its directory does not, StoreFull if it cannot be written.
         """
         _check_target(target)
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         try:
             await vacuum_into(self._readers, partial)
+            await asyncio.to_thread(forget_snapshots, partial)
             await asyncio.to_thread(_publish, partial, target)
         except FileExistsError:
             raise _refuse_target(target) from None
@@ -642,17 +674,12 @@ class EmbeddingStore:
         await asyncio.to_thread(self._check_file_now)
 
     def _check_file_now(self) -> None:
-        try:
-            is_same = self._path.stat().st_ino == self._inode
-        except OSError:
-            is_same = False
-        if not is_same:
-            raise StoreUnusable("The database file was deleted or replaced. Stop the server and restore the file.")
-        inspect_header(self._path)
+        self._file.check()
+        inspect_header(self._file.path)
 
     def size_in_bytes(self) -> int:
         """Of the file and its log; 0 if there is none."""
-        return sum(path.stat().st_size for path in (self._path, Path(f"{self._path}-wal")) if path.exists())
+        return sum(path.stat().st_size for path in (self.path, Path(f"{self.path}-wal")) if path.exists())
 
     async def statistics(self) -> StoreStatistics:
         """Row counts (from the smallest index of each table) and the figures of the write queue."""

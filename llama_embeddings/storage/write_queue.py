@@ -4,8 +4,9 @@
                                                                             function(connection, [payload, ...])
     result or error of this write  <-------------------------------------- COMMIT
 
-Every write gets exactly one answer, and gets it after its commit. A group that fails is repeated write by
-write, so a bad write fails alone. A lock is waited out; nothing that happens to a group ends the loop.
+Every write gets exactly one answer, and gets it after its commit and a look whether the file is still in its place. A
+group that fails is repeated write by write, so a bad write fails alone. A lock is waited out; nothing that happens to a
+group ends the loop.
 
 Knows no tables and no SQL: what is written is the functions' affair.
 """
@@ -20,11 +21,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from llama_embeddings.errors import ShuttingDown, StoreBusy
+from llama_embeddings.errors import ServiceError, ShuttingDown, StoreBusy, StoreUnusable
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.engine import Fault, classify_fault, describe_fault
 
@@ -35,6 +36,16 @@ Result = TypeVar("Result")
 
 # Runs inside the writer's transaction; answers as many results as it was given payloads, in their order.
 WriteFunction = Callable[[Connection, Sequence[Payload]], Sequence[Result]]
+
+
+class Place(Protocol):
+    """Where commits go. Both are asked on the writer's thread, for every group, and raise StoreUnusable."""
+
+    def check_before_commit(self) -> None:
+        """The last chance to commit nothing."""
+
+    def check_after_commit(self) -> None:
+        """The last chance not to say that it is committed."""
 
 
 @dataclass(slots=True)
@@ -67,9 +78,16 @@ class WriteQueue:
     """A bounded queue in front of an engine of one connection; the loop runs from `start` to `stop`."""
 
     def __init__(
-        self, engine: Engine, *, batch_size: int = 25, backoff: Backoff | None = None, max_waiting: int = 1_000
+        self,
+        engine: Engine,
+        *,
+        place: Place | None = None,
+        batch_size: int = 25,
+        backoff: Backoff | None = None,
+        max_waiting: int = 1_000,
     ) -> None:
         self._engine = engine
+        self._place = place
         self._batch_size = batch_size
         self._backoff = backoff or Backoff()
         self._max_waiting = max_waiting
@@ -109,6 +127,7 @@ class WriteQueue:
         Raises:
             StoreBusy: the queue is full, or the database stayed locked beyond the retries.
             StoreFull: no room on the disk, or the database is read-only.
+            StoreUnusable: the database was moved away, deleted or replaced.
             ShuttingDown: `stop` was called before.
         """
         if self._is_stopping or self._task is None or self._task.done():
@@ -173,6 +192,10 @@ class WriteQueue:
                 if len(answers) != len(payloads):
                     raise RuntimeError(f"{len(payloads)} writes got {len(answers)} results")
                 results.extend(answers)
+            if self._place is not None:
+                self._place.check_before_commit()
+        if self._place is not None:
+            self._place.check_after_commit()
         return results
 
     async def _process_failure(self, group: Sequence[_Write], error: Exception) -> None:
@@ -182,7 +205,8 @@ class WriteQueue:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
         if fault is Fault.LOCKED:
             self._fail([*group, *self._take_impatient()], error)
-        elif len(group) == 1:
+        elif len(group) == 1 or isinstance(error, StoreUnusable):
+            # Of a database that is not there, the writes have no share: one by one they would fare no better.
             self._fail(group, error)
         else:
             for write in group:
@@ -205,7 +229,7 @@ class WriteQueue:
 
     def _describe(self, error: Exception, fault: Fault | None) -> Exception:
         if fault is None:
-            return error
+            return error.located(field=None, index=None) if isinstance(error, ServiceError) else error
         described = describe_fault(fault, retry_after_seconds=self._backoff.retry_after_seconds)
         described.__cause__ = error
         return described

@@ -547,6 +547,17 @@ def delete_jobs(connection: Connection, job_ids: Sequence[str]) -> list[None]:
     return [None] * len(job_ids)
 
 
+# --- snapshots of indexes ---
+
+
+def put_snapshot_numbers(connection: Connection, snapshots: Sequence[tuple[str, str, str]]) -> list[None]:
+    """Know of snapshots by model name, recipe family and number."""
+    for model_name, family, number in snapshots:
+        row = {"model_name": model_name, "family": family, "number": number}
+        connection.execute(statements.PUT_SNAPSHOT_NUMBER, row)
+    return [None] * len(snapshots)
+
+
 # --- readiness ---
 
 

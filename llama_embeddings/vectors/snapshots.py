@@ -2,7 +2,9 @@
 
 A file is: eight bytes that name the format, the length of the header (uint32), the header (JSON), the sorted row ids
 (int64), the codes, and a BLAKE2b digest of all that. It appears under its name only once it is complete on the disk.
-Does not know whether the rows still stand in the database: the header carries digests of some rows for that.
+
+Each has a random number, which its caller commits to the database at the moment at which the file is complete: only a
+database with that number has the history that the snapshot is of. Reads no database itself.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,11 +34,17 @@ class UnusableSnapshot(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A frozen index and its key. `witnesses`: row ids and digests of their vectors."""
+    """A frozen index and its key. `witnesses`: row ids and digests of their vectors. `number`: see `draw_number`."""
 
     key: Key
     frozen: FrozenIndex
     witnesses: dict[int, str]
+    number: str = ""
+
+
+def draw_number() -> str:
+    """A number that no other snapshot has, of this database or of any copy of it."""
+    return secrets.token_hex(16)
 
 
 def compute_digests(vectors: np.ndarray) -> list[str]:
@@ -47,8 +57,16 @@ def find_path(directory: Path, key: Key) -> Path:
     return directory / f"{hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()}{SUFFIX}"
 
 
-def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
-    """Write it beside the others, replacing an older one of its key at the very end. Raises OSError."""
+def _commit_nothing() -> None:
+    """For snapshots that no database has to know of."""
+
+
+def write_snapshot(directory: Path, snapshot: Snapshot, commit: Callable[[], None] = _commit_nothing) -> Path:
+    """Write it beside the others, replacing an older one of its key at the very end. Raises OSError.
+
+    `commit` is called when the file is complete and on the disk, just before it gets its name, to write the snapshot's
+    number into the database. Where that fails, the older snapshot stays, whose number the database still has.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = find_path(directory, snapshot.key)
     partial = path.with_suffix(PARTIAL_SUFFIX)
@@ -63,6 +81,7 @@ def write_snapshot(directory: Path, snapshot: Snapshot) -> Path:
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
+        commit()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -100,6 +119,7 @@ def _describe(snapshot: Snapshot) -> dict[str, object]:
     return {
         "model_name": snapshot.key[0],
         "family": snapshot.key[1],
+        "number": snapshot.number,
         "n_rows": len(frozen.row_ids),
         "last_row_id": int(frozen.row_ids[-1]) if len(frozen.row_ids) else 0,
         "n_trained": frozen.n_trained,
@@ -117,7 +137,8 @@ def _parse(body: np.ndarray, key: Key) -> Snapshot:
     # Copies: the content as a whole is let go of.
     row_ids = np.frombuffer(body[4 + length : end].tobytes(), "<i8")
     frozen = FrozenIndex(body[end:], row_ids, Tuning(**header["tuning"]), header["n_trained"])
-    return Snapshot(key, frozen, dict(header["witnesses"]))
+    # Earlier versions wrote no number, so that no database has theirs.
+    return Snapshot(key, frozen, dict(header["witnesses"]), header.get("number", ""))
 
 
 def _synchronise(directory: Path) -> None:

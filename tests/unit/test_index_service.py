@@ -30,6 +30,9 @@ class Rows:
         self.prefix = prefix
         self.key = key
         self.vectors: dict[int, np.ndarray] = {}
+        self.last_id = 0
+        self.numbers: dict[Key, str] = {}
+        self.takes_no_numbers = False
         self.failures_to_come: list[Exception] = []
         self.n_reads = 0
 
@@ -37,6 +40,7 @@ class Rows:
         vectors = np.random.default_rng((seed, row_ids.start)).standard_normal((len(row_ids), N_DIMS))
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
         self.vectors.update(zip(row_ids, vectors, strict=True))
+        self.last_id = max(self.last_id, row_ids[-1])
         return np.array(row_ids, np.int64), vectors
 
     def delete(self, *row_ids: int) -> list[tuple[str, str, int]]:
@@ -59,6 +63,17 @@ class Rows:
         there = [row_id for row_id in row_ids.tolist() if row_id in self.vectors]
         found = np.stack([self.vectors[row_id] for row_id in there]) if there else np.empty((0, 0), np.float32)
         return np.array(there, np.int64), found
+
+    async def read_last_id(self) -> int:
+        return self.last_id
+
+    async def find_snapshot_number(self, model_name: str, family: str) -> str | None:
+        return self.numbers.get((model_name, family))
+
+    async def put_snapshot_number(self, model_name: str, family: str, number: str) -> None:
+        if self.takes_no_numbers:
+            raise StoreBusy("Locked.")
+        self.numbers[model_name, family] = number
 
 
 @asynccontextmanager
@@ -222,6 +237,52 @@ async def test_snapshot_of_another_database_is_not_used(tmp_path: Path, caplog: 
     async with serve(rows, directory=tmp_path) as (service, _):
         assert "another database" in caplog.text
         await check_all_are_found(service, rows)
+
+
+async def test_snapshot_ahead_of_its_database_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever its number says: the rows that come next will have ids that it gives to others."""
+    rows = Rows()
+    rows.insert(range(1, 501))
+    async with serve(rows, directory=tmp_path):
+        pass
+    rows.delete(*range(400, 501))
+    rows.last_id = 399
+    async with serve(rows, directory=tmp_path) as (service, _):
+        assert "never had" in caplog.text
+        await check_all_are_found(service, rows)
+
+
+async def test_snapshot_whose_number_is_not_committed_leaves_the_older_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file gets its name after the commit; the older one and its number stay together."""
+    rows = Rows()
+    rows.insert(range(1, 401))
+    async with serve(rows, directory=tmp_path):
+        pass
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    async with serve(rows, directory=tmp_path) as (service, indexes):
+        service.add(*KEY, *rows.insert(range(401, 601)))
+        await wait_until(lambda: is_settled(indexes))
+        rows.takes_no_numbers = True
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [content]
+    rows.takes_no_numbers = False
+    async with serve(rows, directory=tmp_path) as (service, _):
+        assert "not used" not in caplog.text
+        await check_all_are_found(service, rows)
+
+
+async def test_end_with_a_database_that_cannot_be_read_is_an_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other parts have to be ended as well."""
+    rows = Rows()
+    async with serve(rows, directory=tmp_path) as (service, indexes):
+        service.add(*KEY, *rows.insert(range(1, 401)))
+        await wait_until(lambda: is_settled(indexes))
+        rows.failures_to_come = [StoreBusy("Locked.")]
+    assert "made anew at the next start" in caplog.text
 
 
 async def test_snapshots_that_cannot_be_written_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
