@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy import (
+    DDL,
     DateTime,
     Float,
     ForeignKey,
@@ -35,6 +36,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    event,
 )
 from sqlalchemy import text as sql_text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -973,6 +975,56 @@ class IndexSnapshot(Base):
     model_name: Mapped[str] = mapped_column(String, primary_key=True)
     family: Mapped[str] = mapped_column(String, primary_key=True)
     number: Mapped[str] = mapped_column(String(32))
+
+
+class RowChange(Base):
+    """A row that went, or that searches find or do not find any more: what other processes have to take note of.
+
+    Written by triggers, whoever makes the change. New rows are not here: their ids are higher than all before.
+    """
+
+    __tablename__ = "row_changes"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    # The table's name.
+    kind: Mapped[str] = mapped_column(String)
+    row_id: Mapped[int] = mapped_column(Integer)
+    model_name: Mapped[str] = mapped_column(String)
+    recipe: Mapped[str] = mapped_column(String)
+    # Of a bundle; 0 for a text's embedding.
+    n_tokens: Mapped[int] = mapped_column(Integer)
+
+
+# By their types, as `IS NULL` of a trigger's row cannot be relied upon in every SQLite.
+_TRIGGERS = (
+    """
+    CREATE TRIGGER note_deleted_embedding AFTER DELETE ON embeddings BEGIN
+        INSERT INTO row_changes (kind, row_id, model_name, recipe, n_tokens)
+        VALUES ('embeddings', old.id, old.model_name, old.recipe, 0);
+    END
+    """,
+    """
+    CREATE TRIGGER note_placed_embedding AFTER UPDATE OF collection_id ON embeddings
+    WHEN typeof(old.collection_id) <> typeof(new.collection_id) BEGIN
+        INSERT INTO row_changes (kind, row_id, model_name, recipe, n_tokens)
+        VALUES ('embeddings', new.id, new.model_name, new.recipe, 0);
+    END
+    """,
+    """
+    CREATE TRIGGER note_deleted_bundle AFTER DELETE ON token_level_embedding_bundles BEGIN
+        INSERT INTO row_changes (kind, row_id, model_name, recipe, n_tokens)
+        VALUES ('token_level_embedding_bundles', old.id, old.model_name, old.recipe, old.n_tokens);
+    END
+    """,
+    """
+    CREATE TRIGGER forget_old_changes AFTER INSERT ON row_changes WHEN new.id % 1000 = 0 BEGIN
+        DELETE FROM row_changes WHERE id <= new.id - 100000;
+    END
+    """,
+)
+for _trigger in _TRIGGERS:
+    event.listen(Base.metadata, "after_create", DDL(_trigger.replace("%", "%%")))
 
 
 class DocumentJobRow(_RequestTimes, Base):

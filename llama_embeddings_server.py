@@ -71,6 +71,7 @@ from llama_embeddings.services.contents import ContentsService
 from llama_embeddings.services.documents import DocumentService
 from llama_embeddings.services.downloads import DocumentDownloads
 from llama_embeddings.services.embeddings import EmbeddingService
+from llama_embeddings.services.following import StoreFollower
 from llama_embeddings.services.indexing import IndexService, TextVectors
 from llama_embeddings.services.jobs import JobService
 from llama_embeddings.services.known_texts import KnownTexts, load_known_texts
@@ -88,7 +89,9 @@ from llama_embeddings.services.token_embeddings import TokenEmbeddingService
 from llama_embeddings.services.token_index import TokenIndex, TokenVectors
 from llama_embeddings.services.tokenization import TokenizationService, read_token_table
 from llama_embeddings.settings import MIN_TOKEN_LENGTH, Settings, load_settings
-from llama_embeddings.storage.engine import parse_database_url
+from llama_embeddings.storage.changes import Positions
+from llama_embeddings.storage.engine import find_database_file, parse_database_url
+from llama_embeddings.storage.server_lock import ServerLock
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.vectors.index import VectorIndexes
 from llama_embeddings.vectors.memory import bound_heaps
@@ -124,9 +127,16 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            services = app.state.services = await start_services(settings, backend, stack)
+            if not settings.read_only_replica:
+                stack.callback(
+                    ServerLock.take(find_database_file(settings.database_url), describe_self(settings)).release
+                )
+            services = app.state.services = await start_services(
+                settings, backend, stack, writes_snapshots=not settings.read_only_replica
+            )
             stack.push_async_callback(services.jobs.stop)
-            await services.jobs.start()
+            if not settings.read_only_replica:
+                await services.jobs.start()
             logger.info("Ready")
             yield
             logger.info("Stopping: finishing what is under way")
@@ -202,32 +212,50 @@ def guard(app: FastAPI, settings: Settings) -> None:
     app.add_middleware(RequestContext, meter=state.meter, slow_request_seconds=settings.slow_request_seconds)
 
 
-async def start_services(settings: Settings, backend: Backend | None, stack: AsyncExitStack) -> Services:
-    """Start every part in the order in which they need each other; `stack` stops them in reverse."""
+def describe_self(settings: Settings) -> str:
+    """What another server is told that finds the database in use."""
+    port = f", port {settings.listen_port}" if settings.listen_port else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{port}"
+
+
+async def start_services(
+    settings: Settings, backend: Backend | None, stack: AsyncExitStack, *, writes_snapshots: bool = False
+) -> Services:
+    """Start every part in the order in which they need each other; `stack` stops them in reverse.
+
+    Only the server of a database writes snapshots of its indexes: what works beside it leaves them alone.
+    """
     store = await open_store(settings, stack)
+    positions = await store.read_positions()
     catalogue = await open_catalogue(settings, stack)
     models = await start_models(settings, backend, catalogue, stack)
     known = KnownTexts()
     # Side by side: all three wait for the disk and for C code most of the time.
     try:
         async with asyncio.TaskGroup() as group:
-            starting = group.create_task(start_indexing(store, models, stack))
+            starting = group.create_task(start_indexing(store, models, stack, writes_snapshots=writes_snapshots))
             group.create_task(load_known_texts(store, known))
             group.create_task(asyncio.to_thread(similarity_measures.warm_up))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     indexing = starting.result()
-    return make_services(settings, store, models, indexing, known, stack)
+    return make_services(settings, store, models, indexing, known, positions, stack)
 
 
 async def open_store(settings: Settings, stack: AsyncExitStack) -> EmbeddingStore:
-    """The database with its write queue."""
+    """The database with its write queue; of a replica, without one."""
+    if settings.read_only_replica:
+        store = await EmbeddingStore.open_replica(settings.database_url)
+        stack.push_async_callback(store.close)
+        logger.info("Opened the database for reading: another server writes to it")
+        return store
     store = await EmbeddingStore.open(
         settings.database_url,
         write_batch_size=settings.db_write_batch_size,
         max_retries=settings.max_retries,
         retry_delay_base_seconds=settings.retry_delay_base_seconds,
         jitter_factor=settings.jitter_factor,
+        survives_power_cuts=settings.durability == "power",
     )
     stack.push_async_callback(store.close)
     logger.info("Opened the database, its write queue runs")
@@ -281,11 +309,17 @@ async def start_models(
     return models
 
 
-async def start_indexing(store: EmbeddingStore, models: ModelService, stack: AsyncExitStack) -> IndexService:
+async def start_indexing(
+    store: EmbeddingStore, models: ModelService, stack: AsyncExitStack, *, writes_snapshots: bool
+) -> IndexService:
     """The indexes over all stored vectors, with their upkeep; snapshots lie beside the database."""
     directory = store.path.with_name(f"{store.path.name}.indexes")
     indexing = IndexService(
-        VectorIndexes(), [TextVectors(store), TokenVectors(store)], directory, is_computing=models.is_computing
+        VectorIndexes(),
+        [TextVectors(store), TokenVectors(store)],
+        directory,
+        is_computing=models.is_computing,
+        writes_snapshots=writes_snapshots,
     )
     n_rows = await indexing.load()
     logger.info("Indexed %d stored embeddings", n_rows)
@@ -307,9 +341,13 @@ def make_services(
     models: ModelService,
     indexing: IndexService,
     known: KnownTexts,
+    positions: Positions,
     stack: AsyncExitStack,
 ) -> Services:
-    """The services; at the end they finish what is under way before store and models go."""
+    """The services; at the end they finish what is under way before store and models go.
+
+    `positions` are those of the store before `indexing` and `known` were filled from it.
+    """
     limits = TextLimits(settings.max_text_length_in_characters, settings.max_texts_per_request)
     truncation = Truncation(settings.truncation)
     memory = EmbeddingMemoryCache(settings.embedding_cache_size_in_mb * MEGABYTE)
@@ -322,6 +360,9 @@ def make_services(
     reader = make_document_reader(settings)
     document_service = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
     painter = Painter()
+    follower = StoreFollower(store, positions, embeddings, token_index, known)
+    follower.start()
+    stack.push_async_callback(follower.stop)
     stack.callback(reader.close)
     stack.callback(painter.close)
     for service in (embeddings, token_embeddings, document_service):

@@ -25,7 +25,8 @@ and to each dialect's body; a class that is not in its table falls back to its n
     │   ├── NotReady                 a part of the server is not in order; asked by `/ready` alone
     │   ├── StoreBusy
     │   ├── StoreFull
-    │   └── FullTextUnavailable      the index of words is being filled; all else goes on
+    │   ├── FullTextUnavailable      the index of words is being filled; all else goes on
+    │   └── ReadOnlyReplica          what would have to be written, by a server that only reads
     ├── InferenceFailed              the engine gave no usable vector for this text
     ├── ModelUnusable                a model file that cannot or must not be loaded
     ├── DownloadFailed
@@ -173,6 +174,20 @@ class FullTextUnavailable(Unavailable):
     """The index of words is being filled, or was found damaged and is made anew; the texts are unharmed."""
 
     code = "full_text_unavailable"
+
+
+class ReadOnlyReplica(Unavailable):
+    """This server never writes; the one that does would take the same request."""
+
+    code = "read_only_replica"
+
+    def __init__(self, message: str | None = None, *, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(
+            message
+            or "This server is a read-only replica (READ_ONLY_REPLICA): it answers searches and texts that are stored. "
+            "Send this to the server that writes to the database.",
+            retry_after_seconds=retry_after_seconds,
+        )
 
 
 class InferenceFailed(ServiceError):

@@ -275,6 +275,19 @@ class Settings:
     database_url: str = _setting(
         "DATABASE_URL", "sqlite+aiosqlite:///embeddings.sqlite", _required_text, "Where everything is remembered."
     )
+    durability: str = _setting(
+        "DURABILITY",
+        "process",
+        _choice("process", "power"),
+        "What an answer survives: `process`, the end of the process, `kill -9` included; `power`, a power cut as well, "
+        "at the price of a wait for the disk with every group of writes.",
+    )
+    read_only_replica: bool = _setting(
+        "READ_ONLY_REPLICA",
+        False,
+        _boolean,
+        "Serve searches and stored texts of a database that another server writes to, and write nothing.",
+    )
     db_write_batch_size: int = _setting(
         "DB_WRITE_BATCH_SIZE", 25, _number(int, 1, 10_000), "Writes grouped into one transaction at most."
     )

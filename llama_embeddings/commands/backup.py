@@ -37,7 +37,10 @@ async def back_up(settings: Settings, target: Path) -> None:
     path = find_database_file(settings.database_url)
     if not path.exists():
         raise InvalidInput(f"There is no database at {path}.")
-    store = await EmbeddingStore.open(settings.database_url, follows_full_text=False)
+    if settings.read_only_replica:
+        store = await EmbeddingStore.open_replica(settings.database_url)
+    else:
+        store = await EmbeddingStore.open(settings.database_url, follows_full_text=False)
     try:
         await store.back_up(target)
     finally:

@@ -1,8 +1,9 @@
 """`import FILE…`: take in texts whose embeddings were computed elsewhere, by the model named, without computing them.
 
-A running server on the same database goes on meanwhile, and finds them after its next start. What is there already is
-passed over, so the same command goes on where it was interrupted. Vectors that are not of unit length are scaled; one
-that is not finite or has other dimensions than the model stops the import, which keeps what came before.
+A running server on the same database goes on meanwhile, and begins to find them a second after their commit.
+What is there already is passed over, so the same command goes on where it was interrupted. Vectors that are not of unit
+length are scaled; one that is not finite or has other dimensions than the model stops the import, which keeps what came
+before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from embeddings_data_models import DEFAULT_COLLECTION, MAX_COLLECTION_NAME_LENGTH, BulkEmbeddings, InputType
 from llama_embeddings.commands.embedding_files import Part, count_rows, normalise, read_parts
-from llama_embeddings.errors import InvalidInput, ServiceError
+from llama_embeddings.errors import InvalidInput, ReadOnlyReplica, ServiceError
 from llama_embeddings.settings import Settings, load_settings
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings_server import open_catalogue, start_models
@@ -73,10 +74,15 @@ async def import_files(
     settings: Settings, paths: list[Path], model_name: str | None, collection: str, input_type: InputType | None
 ) -> tuple[int, int]:
     """How many rows were read, and how many were new. Raises InvalidInput and the errors of store and models."""
+    if settings.read_only_replica:
+        raise ReadOnlyReplica
     async with AsyncExitStack() as stack:
         target = await describe_target(settings, model_name, collection, input_type)
         store = await EmbeddingStore.open(
-            settings.database_url, writer_cache_in_mb=WRITER_CACHE_IN_MB, follows_full_text=False
+            settings.database_url,
+            writer_cache_in_mb=WRITER_CACHE_IN_MB,
+            follows_full_text=False,
+            survives_power_cuts=settings.durability == "power",
         )
         stack.push_async_callback(store.close)
         counts = [await import_file(store, path, target) for path in paths]

@@ -1,8 +1,7 @@
 """`ingest PATH…`: embed files and whole directories into the store, with a progress bar and a table at the end.
 
-Without `--server` this process opens the database and loads the model itself. That works beside a running server, which
-finds what was added when it is asked for the same text or document, and by search after its next start. With `--server`
-the files go to a running server over HTTP, as jobs, and are found by its search at once.
+Without `--server` this process opens the database and loads the model itself. That works beside a running server, whose
+searches find what was added within a second. With `--server` the files go to a running server over HTTP, as jobs.
 
 What is stored already is found by its hash and not computed again: the same command goes on where it was interrupted.
 """

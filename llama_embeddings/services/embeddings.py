@@ -10,7 +10,8 @@ anybody gets the answer. A query is in no collection, and no search finds it unt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -38,6 +39,7 @@ from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
 from llama_embeddings.services.texts import TextLimits, check_texts, place_of
+from llama_embeddings.storage.changes import CommittedRow
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.storage.writes import RemovedRow
 
@@ -261,6 +263,8 @@ class EmbeddingService:
         outcomes: dict[str, _Outcome] = dict(await self._find_stored(maybe_stored, task, task.recipe.family))
         unknown = {text_hash: text for text_hash, text in wanted.items() if text_hash not in outcomes}
         if unknown:
+            if task.is_searchable:
+                self._store.require_writer()
             async with self._models.lease(task.model_name, task.recipe) as engine:
                 outcomes |= await self._compute(engine, unknown, task, flight)
         return {key: outcomes[key[0]] for key in flight.keys}
@@ -364,6 +368,31 @@ class EmbeddingService:
         # Who asks from now on must not share work whose row may be among the deleted.
         self._flights.detach()
         await self._indexing.remove(rows)
+
+    async def take_over(self, read: Callable[[], Awaitable[Sequence[CommittedRow]]]) -> Sequence[CommittedRow]:
+        """Let rows that another process committed be known and found; `read` brings them. Returns them.
+
+        What is deleted here while they are on their way is taken out again.
+        """
+        with self._forgotten.watch() as forgotten:
+            rows = await read()
+            self._known.add(row.text_hash for row in rows)
+            self._memory.discard_rows({row.row_id for row in rows})
+            searchable: defaultdict[tuple[str, str], list[CommittedRow]] = defaultdict(list)
+            for row in rows:
+                if row.is_searchable:
+                    searchable[row.model_name, recipe_family(row.recipe)].append(row)
+            for (model_name, family), group in searchable.items():
+                row_ids = np.array([row.row_id for row in group], np.int64)
+                self._indexing.add(model_name, family, row_ids, np.stack([row.vector for row in group]))
+            gone = [(row.model_name, row.recipe, row.row_id) for row in rows if row.row_id in forgotten]
+            await self._indexing.remove(gone)
+        return rows
+
+    async def doubt_everything(self) -> None:
+        """Compare the indexes with the database, and forget what is in memory: too much changed to be told of it."""
+        await self.forget(await self._indexing.reconcile())
+        self._memory.clear()
 
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""

@@ -128,8 +128,13 @@ class IndexService:
         directory: Path | None,
         *,
         is_computing: Callable[[], bool] = lambda: False,
+        writes_snapshots: bool = True,
     ) -> None:
-        """`directory` holds the snapshots; without one there are none. `is_computing`: whether to give way just now."""
+        """`directory` holds the snapshots; without one there are none. `is_computing`: whether to give way just now.
+
+        One process at a time writes snapshots: others read them.
+        """
+        self._writes_snapshots = writes_snapshots and directory is not None
         self._is_computing = is_computing
         self._indexes = indexes
         self._sources = sorted(sources, key=lambda source: -len(source.prefix))
@@ -157,6 +162,25 @@ class IndexService:
             model_name, family = key
             n_removed += await asyncio.to_thread(self._indexes.remove, model_name, family, row_ids)
         return n_removed
+
+    async def reconcile(self) -> list[RemovedRow]:
+        """Hold every index against the database: rows that are there are added, others removed; returns the latter."""
+        removed: list[RemovedRow] = []
+        keys = {key for source in self._sources for key in await source.keys()} | self._indexes.sizes().keys()
+        for key in sorted(keys):
+            source = self._find_source(key[1])
+            last_id = await source.read_last_id()
+            row_ids = await source.read_row_ids(*key)
+            index = self._indexes.get(*key)
+            held = await asyncio.to_thread(index.row_ids) if index is not None else NO_IDS
+            # A row that came while the ids were read is in the index, and not gone.
+            gone = held[~contains(row_ids, held) & (held <= last_id)]
+            if index is not None:
+                await asyncio.to_thread(index.remove, gone)
+            removed += [(*key, row_id) for row_id in gone.tolist()]
+            for part in _split(row_ids[~contains(held, row_ids)]):
+                self.add(*key, *await source.read_vectors(part))
+        return removed
 
     # --- searching ---
 
@@ -241,7 +265,7 @@ class IndexService:
             n_rows = self._indexes.sizes().get(key, 0)
             seconds = time.perf_counter() - started
             logger.info("Indexed %d rows of %s from %s in %.1f s", n_rows, key[0], origin, seconds)
-        if self._directory is not None and self._directory.is_dir():
+        if self._writes_snapshots and self._directory is not None and self._directory.is_dir():
             await self._try_files(delete_leftovers, self._directory, {key for key, _ in keys})
         release_memory()
         return sum(self._indexes.sizes().values())
@@ -324,7 +348,7 @@ class IndexService:
             await asyncio.gather(self._upkeep, return_exceptions=True)
         await asyncio.to_thread(self._upkeep_thread.shutdown)
         for key, index in self._indexes.items():
-            if index.n_unsaved:
+            if index.n_unsaved and self._writes_snapshots:
                 try:
                     await self._save(key, index, self._find_source(key[1]))
                 except ServiceError as error:
@@ -418,6 +442,9 @@ class IndexService:
         """Write a snapshot; where that fails, the index is made from the database at the next start."""
         frozen = await asyncio.to_thread(index.freeze)
         if frozen is None or self._directory is None:
+            return
+        if not self._writes_snapshots:
+            index.note_saved(frozen)
             return
         witnesses = await source.read_vectors(_choose_witnesses(frozen.row_ids))
         digests = dict(zip(witnesses[0].tolist(), compute_digests(witnesses[1]), strict=True))

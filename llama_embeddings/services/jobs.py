@@ -155,6 +155,7 @@ class JobService:
 
         Raises ModelNotFound, Overloaded if too many jobs wait already, and StoreBusy or StoreFull.
         """
+        self._store.require_writer()
         name = self._models.resolve(model_name)
         await self._models.check_known(name)
         await self._forget_expired()
@@ -200,7 +201,8 @@ class JobService:
             raise
 
     def list_all(self) -> list[JobDescription]:
-        """All jobs, oldest first."""
+        """All jobs, oldest first. Raises ReadOnlyReplica where another server has them."""
+        self._store.require_writer()
         return [_describe(job) for job in self._jobs.values()]
 
     def get(self, job_id: str) -> JobDescription:
@@ -244,6 +246,7 @@ class JobService:
         return _describe(job)
 
     def _find(self, job_id: str) -> _Job:
+        self._store.require_writer()
         job = self._jobs.get(job_id)
         if job is None:
             raise NotFound("There is no such job, or it was finished long ago and is forgotten.", field="job_id")

@@ -75,6 +75,7 @@ class LateInteractionService:
             input_type=InputType.QUERY,
             truncation=Truncation.RIGHT,
             stamp=stamp,
+            must_keep=False,
         )
         return answer.bundle
 
@@ -105,6 +106,7 @@ class LateInteractionService:
             input_type=InputType.DOCUMENT,
             truncation=Truncation.RIGHT,
             stamp=stamp,
+            must_keep=False,
         )
         return await asyncio.to_thread(_score_all, asked, hits, [answer.bundle for answer in answers])
 

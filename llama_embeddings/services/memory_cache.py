@@ -60,6 +60,11 @@ class EmbeddingMemoryCache:
             self._n_bytes += _size(embedding) - _size(known)
             self._entries[key] = embedding
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._n_bytes = 0
+
     def discard_rows(self, row_ids: Collection[int]) -> None:
         """Forget rows of the database."""
         for key in [key for key, embedding in self._entries.items() if embedding.row_id in row_ids]:

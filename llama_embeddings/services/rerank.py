@@ -150,6 +150,7 @@ class RerankService:
             model_name=task.model_name,
             truncation=task.truncation,
             stamp=task.stamp,
+            must_keep=False,
         )
         (asked,), found = await asyncio.gather(
             get([task.query], input_type=InputType.QUERY, field="query"),

@@ -107,8 +107,11 @@ class TokenEmbeddingService:
         input_type: InputType | None = None,
         stamp: RequestStamp | None = None,
         field: str = "text",
+        must_keep: bool = True,
     ) -> list[TokenAnswer]:
         """The token embeddings of all texts, in order; what is not stored is computed together.
+
+        A replica computes them only for callers who need not have them kept.
 
         Raises the first text's error with its index, after the others have been computed and kept.
         """
@@ -121,7 +124,7 @@ class TokenEmbeddingService:
 
         async def fly(flight: Flight[_Key, _Outcome]) -> dict[_Key, _Outcome]:
             mine = {key: wanted[key] for key in flight.keys}
-            return await self._find_or_compute(mine, recipe, stamp or RequestStamp(), flight)
+            return await self._find_or_compute(mine, recipe, stamp or RequestStamp(), flight, must_keep=must_keep)
 
         outcomes = await self._flights.run(list(wanted), fly)
         answers = []
@@ -142,7 +145,13 @@ class TokenEmbeddingService:
         return Recipe(pooled.model_digest, TOKEN_LEVEL, pooled.prompt, normalisation="none")
 
     async def _find_or_compute(
-        self, texts: dict[_Key, str], recipe: Recipe, stamp: RequestStamp, flight: Flight[_Key, _Outcome]
+        self,
+        texts: dict[_Key, str],
+        recipe: Recipe,
+        stamp: RequestStamp,
+        flight: Flight[_Key, _Outcome],
+        *,
+        must_keep: bool,
     ) -> dict[_Key, _Outcome]:
         outcomes: dict[_Key, _Outcome] = {}
         for key in texts:
@@ -151,6 +160,8 @@ class TokenEmbeddingService:
                 outcomes[key] = found
         missing = {key: text for key, text in texts.items() if key not in outcomes}
         if missing:
+            if must_keep:
+                self._store.require_writer()
             async with self._models.lease(next(iter(missing))[1], recipe) as engine:
                 outcomes |= await self._compute(engine, missing, recipe, stamp, flight)
         return outcomes
@@ -195,17 +206,20 @@ class TokenEmbeddingService:
     async def _keep(
         self, text: str, key: _Key, family: str, result: EngineResult | ServiceError, stamp: RequestStamp
     ) -> _Outcome:
-        """Commit one bundle and index it."""
+        """Commit one bundle and index it; a replica only hands it on."""
         if isinstance(result, ServiceError):
             return result
         bundle = _make_bundle(text, key[0], key[1], family, result, stamp)
-        with TimedStore():
-            row_id = await self._store.add_token_level_bundle(bundle)
-        self._known.add([key[0]], OF_TOKENS)
+        row_id = 0
+        if not self._store.is_replica:
+            with TimedStore():
+                row_id = await self._store.add_token_level_bundle(bundle)
         stored = StoredTokenLevelBundle(
             row_id, key[0], bundle.tokens, bundle.matrix, bundle.feature_vector, bundle.n_tokens_dropped
         )
-        self._index.add(key[1], family, stored)
+        if not self._store.is_replica:
+            self._known.add([key[0]], OF_TOKENS)
+            self._index.add(key[1], family, stored)
         note_engine(queue_seconds=result.queue_seconds, compute_seconds=result.compute_seconds)
         return TokenAnswer(stored, Source.COMPUTED, result.queue_seconds, result.compute_seconds)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from embeddings_data_models import StoredTokenLevelBundle, recipe_family
 from llama_embeddings.services.indexing import IndexService
+from llama_embeddings.storage.changes import CommittedBundle
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.storage.writes import RemovedBundle
 from llama_embeddings.vectors.index import Key
@@ -73,7 +74,7 @@ class TokenIndex:
         self._store = store
         self._index = index
 
-    def add(self, model_name: str, recipe: str, bundle: StoredTokenLevelBundle) -> None:
+    def add(self, model_name: str, recipe: str, bundle: StoredTokenLevelBundle | CommittedBundle) -> None:
         """Let a committed bundle be found by its tokens."""
         family = PREFIX + recipe_family(recipe)
         ids = make_ids(bundle.row_id, len(bundle.matrix))

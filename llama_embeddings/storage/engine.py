@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import re
+import secrets
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
@@ -98,6 +99,10 @@ READER_PRAGMAS = (
 )
 
 
+# A connection, and a number that grows with the commits of all others.
+CommitMark = tuple[str, int]
+
+
 class Fault(enum.Enum):
     """What an error of the database means for those who wait for it."""
 
@@ -178,7 +183,9 @@ def find_database_file(database_url: str) -> Path:
     return find_file(parse_database_url(database_url))
 
 
-def create_writer_engine(url: URL, *, cache_in_mb: int = WRITER_CACHE_IN_MB) -> Engine:
+def create_writer_engine(
+    url: URL, *, cache_in_mb: int = WRITER_CACHE_IN_MB, survives_power_cuts: bool = False
+) -> Engine:
     """An engine of one connection for the writer's thread; its transactions hold the write lock from their beginning.
 
     With BEGIN IMMEDIATE a lock of another process shows at BEGIN, where nothing has been done yet, and not in
@@ -186,7 +193,9 @@ def create_writer_engine(url: URL, *, cache_in_mb: int = WRITER_CACHE_IN_MB) -> 
     """
     # isolation_level None: the driver begins no transactions of its own accord.
     engine = _create_thread_engine(url, connect_args={"isolation_level": None, "check_same_thread": False})
-    _configure_connections(engine, (*WRITER_PRAGMAS, f"PRAGMA cache_size = -{cache_in_mb * 1024}"))
+    # Or with an fsync of the log for every commit: a power cut takes nothing that was answered.
+    durability = ("PRAGMA synchronous = FULL",) if survives_power_cuts else ()
+    _configure_connections(engine, (*WRITER_PRAGMAS, *durability, f"PRAGMA cache_size = -{cache_in_mb * 1024}"))
     event.listen(engine, "begin", _begin_immediate)
     return engine
 
@@ -211,17 +220,20 @@ def empty_log(engine: Engine) -> bool:
     return not is_busy
 
 
-def create_lookup_engine(url: URL) -> Engine:
-    """An engine of one connection for the thread of the hot lookups; each statement sees the last commit."""
-    return _create_thread_reader(url, n_connections=1)
+def create_lookup_engine(url: URL, *, mode: str = "rw") -> Engine:
+    """An engine of one connection for the thread of the hot lookups; each statement sees the last commit.
+
+    `mode`: see `open_existing_file_only`.
+    """
+    return _create_thread_reader(url, mode, n_connections=1)
 
 
-def create_search_engine(url: URL) -> Engine:
+def create_search_engine(url: URL, *, mode: str = "rw") -> Engine:
     """The same for reads that may take long, for as many threads as it has connections."""
-    return _create_thread_reader(url, n_connections=N_SEARCHERS)
+    return _create_thread_reader(url, mode, n_connections=N_SEARCHERS)
 
 
-def _create_thread_reader(url: URL, *, n_connections: int) -> Engine:
+def _create_thread_reader(url: URL, mode: str, *, n_connections: int) -> Engine:
     engine = _create_thread_engine(
         url,
         n_connections=n_connections,
@@ -229,7 +241,7 @@ def _create_thread_reader(url: URL, *, n_connections: int) -> Engine:
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
     )
-    open_existing_file_only(engine)
+    open_existing_file_only(engine, mode=mode)
     _configure_connections(engine, READER_PRAGMAS)
     return engine
 
@@ -246,7 +258,7 @@ def _create_thread_engine(url: URL, *, n_connections: int = 1, **options: Any) -
     )
 
 
-def create_reader_engine(url: URL) -> AsyncEngine:
+def create_reader_engine(url: URL, *, mode: str = "rw") -> AsyncEngine:
     """A small pool of connections that cannot write; each statement sees the last commit."""
     engine = create_async_engine(
         url,
@@ -258,13 +270,16 @@ def create_reader_engine(url: URL) -> AsyncEngine:
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
     )
-    open_existing_file_only(engine.sync_engine)
+    open_existing_file_only(engine.sync_engine, mode=mode)
     _configure_connections(engine.sync_engine, READER_PRAGMAS)
     return engine
 
 
 def open_existing_file_only(engine: Engine, *, mode: str = "rw") -> None:
-    """Let further connections fail where there is no file, instead of making an empty one. `mode`: `rw` or `ro`."""
+    """Let further connections fail where there is no file, instead of making an empty one.
+
+    `mode`: `rw`, or `ro` for those that must not even copy the log into the database when they are the last to close.
+    """
 
     def name_mode(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
         arguments[0] = f"{Path(arguments[0]).absolute().as_uri()}?mode={mode}"
@@ -382,6 +397,25 @@ def forget_tables(connection: Connection, tables: Sequence[str]) -> None:
         connection.exec_driver_sql("PRAGMA writable_schema = RESET")
 
 
+def read_commit_mark(engine: Engine) -> CommitMark:
+    """Differs from an earlier one if another connection than the engine's only one has committed in between.
+
+    Other processes' commits are seen by the writer's connection in this way, and by no other: it makes none of them
+    itself. Raises sqlite3.Error.
+    """
+    connection = engine.raw_connection()
+    try:
+        # The numbers of two connections say nothing about each other.
+        serial = connection.info.setdefault("serial", secrets.token_hex(8))
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA data_version")
+        [(version,)] = cursor.fetchall()
+        cursor.close()
+    finally:
+        connection.close()
+    return serial, version
+
+
 def touch(connection: Connection) -> None:
     """Write one page without changing anything: proves that the database can be written."""
     write_version(connection, read_version(connection))
@@ -428,6 +462,18 @@ def inspect_file(path: Path, newest_version: int) -> bool:
 def _inspect_in_mode(mode: str, path: Path, newest_version: int) -> bool:
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
         return _inspect(connection, path, newest_version)
+
+
+def read_version_of_file(path: Path) -> int:
+    """The last migration applied to a file; 0 if it is absent or empty. Raises as `inspect_file` does."""
+    if not path.exists() or path.stat().st_size == 0:
+        return 0
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            [version] = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise _describe_inspection(error, path) from error
+    return int(version)
 
 
 def inspect_header(path: Path) -> None:

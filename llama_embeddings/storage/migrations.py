@@ -312,6 +312,50 @@ SNAPSHOT_NUMBERS = Migration(
     ),
 )
 
+# Several processes may use a database. What one of them changes, the others find here. Triggers note it, so that no way
+# to change a row can forget it. The newest 100,000 are kept: a process that missed more looks at everything.
+ROW_CHANGES = Migration(
+    version=6,
+    description="changes of rows, for other processes",
+    statements=(
+        """
+        CREATE TABLE row_changes (
+            id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT,
+            kind VARCHAR NOT NULL,
+            row_id INTEGER NOT NULL,
+            model_name VARCHAR NOT NULL,
+            recipe VARCHAR NOT NULL,
+            n_tokens INTEGER NOT NULL
+        )
+        """,
+        """
+        CREATE TRIGGER note_deleted_embedding AFTER DELETE ON embeddings BEGIN
+            INSERT INTO row_changes (kind, row_id, model_name, recipe, n_tokens)
+            VALUES ('embeddings', old.id, old.model_name, old.recipe, 0);
+        END
+        """,
+        # By their types, as `IS NULL` of a trigger's row cannot be relied upon in every SQLite.
+        """
+        CREATE TRIGGER note_placed_embedding AFTER UPDATE OF collection_id ON embeddings
+        WHEN typeof(old.collection_id) <> typeof(new.collection_id) BEGIN
+            INSERT INTO row_changes (kind, row_id, model_name, recipe, n_tokens)
+            VALUES ('embeddings', new.id, new.model_name, new.recipe, 0);
+        END
+        """,
+        """
+        CREATE TRIGGER note_deleted_bundle AFTER DELETE ON token_level_embedding_bundles BEGIN
+            INSERT INTO row_changes (kind, row_id, model_name, recipe, n_tokens)
+            VALUES ('token_level_embedding_bundles', old.id, old.model_name, old.recipe, old.n_tokens);
+        END
+        """,
+        """
+        CREATE TRIGGER forget_old_changes AFTER INSERT ON row_changes WHEN new.id % 1000 = 0 BEGIN
+            DELETE FROM row_changes WHERE id <= new.id - 100000;
+        END
+        """,
+    ),
+)
+
 MIGRATIONS: tuple[Migration, ...] = (
     INITIAL_SCHEMA,
     COLLECTIONS_AND_FULL_TEXT,
@@ -319,6 +363,7 @@ MIGRATIONS: tuple[Migration, ...] = (
     TOKENS_BY_POSITION,
     FULL_TEXT_ANEW,
     SNAPSHOT_NUMBERS,
+    ROW_CHANGES,
 )
 
 

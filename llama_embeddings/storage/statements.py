@@ -40,6 +40,7 @@ from embeddings_data_models import (
     EmbeddingCollection,
     FullTextProgress,
     IndexSnapshot,
+    RowChange,
     TextEmbedding,
     TokenLevelEmbedding,
     TokenLevelEmbeddingBundle,
@@ -52,6 +53,7 @@ embeddings = cast(Table, TextEmbedding.__table__)
 embedding_collections = cast(Table, EmbeddingCollection.__table__)
 document_collections = cast(Table, DocumentCollection.__table__)
 index_snapshots = cast(Table, IndexSnapshot.__table__)
+row_changes = cast(Table, RowChange.__table__)
 full_text_progress = cast(Table, FullTextProgress.__table__)
 documents = cast(Table, Document.__table__)
 document_embeddings = cast(Table, DocumentEmbedding.__table__)
@@ -261,6 +263,59 @@ FIND_SNAPSHOT_NUMBER = select(index_snapshots.c.number).where(
     index_snapshots.c.model_name == bindparam("model_name"), index_snapshots.c.family == bindparam("family")
 )
 PUT_SNAPSHOT_NUMBER = insert_or_overwrite(index_snapshots)
+
+# --- what other processes changed ---
+
+READ_POSITIONS = text("""
+    SELECT
+        (SELECT max(seq) FROM sqlite_sequence WHERE name = 'embeddings'),
+        (SELECT max(seq) FROM sqlite_sequence WHERE name = 'token_level_embedding_bundles'),
+        (SELECT max(seq) FROM sqlite_sequence WHERE name = 'row_changes')
+""")
+
+_DESCRIBED_ROW = (
+    embeddings.c.id,
+    embeddings.c.text_hash,
+    embeddings.c.model_name,
+    embeddings.c.recipe,
+    embeddings.c.collection_id,
+    _as_bytes(embeddings.c.embedding),
+)
+READ_ROWS_AFTER = (
+    select(*_DESCRIBED_ROW)
+    .where(embeddings.c.id > bindparam("after_row_id"))
+    .order_by(embeddings.c.id)
+    .limit(bindparam("limit"))
+)
+READ_ROWS_BY_ID = select(*_DESCRIBED_ROW).where(_is_any_of(embeddings.c.id, "row_ids"))
+
+READ_BUNDLES_AFTER = (
+    select(
+        bundles.c.id,
+        bundles.c.input_text_hash,
+        bundles.c.model_name,
+        bundles.c.recipe,
+        bundles.c.n_tokens,
+        _as_bytes(bundles.c.embeddings),
+    )
+    .where(bundles.c.id > bindparam("after_row_id"))
+    .order_by(bundles.c.id)
+    .limit(bindparam("limit"))
+)
+
+READ_CHANGES_AFTER = (
+    select(
+        row_changes.c.id,
+        row_changes.c.kind,
+        row_changes.c.row_id,
+        row_changes.c.model_name,
+        row_changes.c.recipe,
+        row_changes.c.n_tokens,
+    )
+    .where(row_changes.c.id > bindparam("after_id"))
+    .order_by(row_changes.c.id)
+    .limit(bindparam("limit"))
+)
 
 # --- token-level bundles ---
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ from embeddings_data_models import (
 from llama_embeddings.errors import (
     FullTextUnavailable,
     InvalidInput,
+    ConfigurationError,
+    InvalidInput,
+    ReadOnlyReplica,
     StoreBusy,
     StoreFull,
     StoreUnusable,
@@ -50,11 +54,13 @@ from llama_embeddings.errors import (
 )
 from llama_embeddings.storage import filters, full_text, statements, writes
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
+from llama_embeddings.storage.changes import CommittedBundle, CommittedRow, Positions, RowChange
 from llama_embeddings.storage.collection_names import CollectionNames
 from llama_embeddings.storage.database_file import DatabaseFile
 from llama_embeddings.storage.engine import (
     N_SEARCHERS,
     WRITER_CACHE_IN_MB,
+    CommitMark,
     Fault,
     classify_fault,
     create_erasure_engine,
@@ -71,6 +77,8 @@ from llama_embeddings.storage.engine import (
     inspect_header,
     open_existing_file_only,
     parse_database_url,
+    read_commit_mark,
+    read_version_of_file,
     vacuum_into,
 )
 from llama_embeddings.storage.erasure import Erasure
@@ -78,9 +86,11 @@ from llama_embeddings.storage.filters import RowFilter
 from llama_embeddings.storage.full_text_follower import MAX_ROWS_TO_WAIT_FOR, FullTextFollower
 from llama_embeddings.storage.migrations import find_newest_version, migrate
 from llama_embeddings.storage.page_gaps import Place, overwrite_remains
-from llama_embeddings.storage.write_queue import WriteQueue
+from llama_embeddings.storage.replica import RefusedWrites
+from llama_embeddings.storage.write_queue import WriteFunction, WriteQueue
 from llama_embeddings.storage.writes import DocumentSelection, Placement, Removal, split
 
+Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
 # How long a readiness check may wait for a locked database.
@@ -115,18 +125,26 @@ class EmbeddingStore:
     StoreUnusable (the file is damaged). Arrays in results are read-only views of the bytes read.
     """
 
-    def __init__(self, writer: Engine, url: URL, write_queue: WriteQueue, file: DatabaseFile) -> None:
+    def __init__(
+        self, writer: Engine | None, url: URL, write_queue: WriteQueue | RefusedWrites, file: DatabaseFile
+    ) -> None:
+        """Without a `writer` it is a replica."""
+        mode = "ro" if writer is None else "rw"
         self._writer = writer
-        self._lookups = create_lookup_engine(url)
+        self._lookups = create_lookup_engine(url, mode=mode)
         self._lookup_thread = ThreadPoolExecutor(1, thread_name_prefix="store-lookup")
-        self._searches = create_search_engine(url)
+        self._searches = create_search_engine(url, mode=mode)
         self._search_threads = ThreadPoolExecutor(N_SEARCHERS, thread_name_prefix="store-search")
-        self._readers = create_reader_engine(url)
+        self._readers = create_reader_engine(url, mode=mode)
         self._write_queue = write_queue
         self._collection_names = CollectionNames()
-        self._full_text = FullTextFollower(write_queue, self._read_full_text_position)
-        self._eraser = create_erasure_engine(url)
-        self._erasure = Erasure(lambda: empty_log(self._eraser), self._overwrite_remains)
+        self._full_text: FullTextFollower | None = None
+        self._eraser: Engine | None = None
+        self._erasure: Erasure | None = None
+        if isinstance(write_queue, WriteQueue):
+            self._full_text = FullTextFollower(write_queue, self._read_full_text_position)
+            self._eraser = eraser = create_erasure_engine(url)
+            self._erasure = Erasure(lambda: empty_log(eraser), self._overwrite_remains)
         self._file = file
 
     @classmethod
@@ -140,10 +158,12 @@ class EmbeddingStore:
         jitter_factor: float = 0.1,
         writer_cache_in_mb: int = WRITER_CACHE_IN_MB,
         follows_full_text: bool = True,
+        survives_power_cuts: bool = False,
     ) -> EmbeddingStore:
         """Open a database, made if there is none, bring it to the present schema and start its writer.
 
-        Without `follows_full_text`, the full-text index follows only when it is searched or told to.
+        Without `follows_full_text`, the full-text index follows only when it is searched or told to. With
+        `survives_power_cuts` each group of writes waits for the disk.
 
         Raises:
             ConfigurationError: the URL does not name an SQLite file in an existing directory.
@@ -153,7 +173,7 @@ class EmbeddingStore:
         url = parse_database_url(database_url)
         is_full_text_damaged = await asyncio.to_thread(inspect_file, find_file(url), find_newest_version())
         backoff = Backoff(max_retries, retry_delay_base_seconds, jitter_factor)
-        writer = create_writer_engine(url, cache_in_mb=writer_cache_in_mb)
+        writer = create_writer_engine(url, cache_in_mb=writer_cache_in_mb, survives_power_cuts=survives_power_cuts)
         try:
             await retry_while_locked(lambda: asyncio.to_thread(migrate, writer), _is_lock, backoff)
         except DBAPIError as error:
@@ -163,11 +183,15 @@ class EmbeddingStore:
             writer.dispose()
             raise
         file = DatabaseFile(find_file(url))
+        if survives_power_cuts:
+            await asyncio.to_thread(_synchronise, file.path.parent)  # or a new file could lose its name
         event.listen(writer, "connect", lambda *_: file.note_connection())
         open_existing_file_only(writer)
         write_queue = WriteQueue(writer, place=file, batch_size=write_batch_size, backoff=backoff)
         write_queue.start()
         store = cls(writer, url, write_queue, file)
+        assert store._full_text is not None
+        assert store._erasure is not None
         if is_full_text_damaged:
             await store._full_text.start_anew()
         # What an earlier process deleted may stand in its log yet.
@@ -176,6 +200,34 @@ class EmbeddingStore:
             store._full_text.start()
         return store
 
+    @classmethod
+    async def open_replica(cls, database_url: str) -> EmbeddingStore:
+        """Open a database that another process writes to, for reading alone: every write raises ReadOnlyReplica.
+
+        Raises ConfigurationError if there is no database or one of an older schema, else as `open`.
+        """
+        url = parse_database_url(database_url)
+        path, newest = find_file(url), find_newest_version()
+        await asyncio.to_thread(inspect_file, path, newest)
+        version = await asyncio.to_thread(read_version_of_file, path)
+        if version < newest:
+            raise ConfigurationError(
+                f"{path} is {'not there' if version == 0 else 'of an earlier version'}, and a replica writes nothing. "
+                "Start the server that writes to it first.",
+                setting="READ_ONLY_REPLICA",
+            )
+        return cls(None, url, RefusedWrites(), DatabaseFile(path))
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether this process may only read."""
+        return self._writer is None
+
+    def require_writer(self) -> None:
+        """Raise ReadOnlyReplica before anything is computed that could not be kept."""
+        if self.is_replica:
+            raise ReadOnlyReplica
+
     @property
     def path(self) -> Path:
         """The database file."""
@@ -183,17 +235,20 @@ class EmbeddingStore:
 
     async def close(self) -> None:
         """Commit the writes that wait, then let go of the file. Later writes get ShuttingDown."""
-        await self._full_text.stop()
+        if self._full_text is not None:
+            await self._full_text.stop()
         await self._write_queue.stop()
-        await self._erasure.stop()
-        self._eraser.dispose()
+        if self._erasure is not None and self._eraser is not None:
+            await self._erasure.stop()
+            self._eraser.dispose()
         await self._readers.dispose()
         self._lookup_thread.shutdown()
         self._lookups.dispose()
         self._search_threads.shutdown()
         self._searches.dispose()
         # Last, so that it is the one that copies the log into the database and removes it.
-        await asyncio.to_thread(self._writer.dispose)
+        if self._writer is not None:
+            await asyncio.to_thread(self._writer.dispose)
 
     # --- embeddings ---
 
@@ -232,27 +287,35 @@ class EmbeddingStore:
         """
         if not rows:
             return []
-        row_ids = await self._full_text.submit(writes.insert_embeddings, rows)
-        self._full_text.notice()
+        row_ids = await self._submit_indexed(writes.insert_embeddings, rows)
+        if self._full_text is not None:
+            self._full_text.notice()
         return row_ids
+
+    async def _submit_indexed(self, function: WriteFunction[Payload, Result], payload: Payload) -> Result:
+        """Queue a write that touches the full-text index."""
+        if self._full_text is None:
+            return await self._write_queue.submit(function, payload)
+        return await self._full_text.submit(function, payload)
 
     async def import_embeddings(self, rows: BulkEmbeddings) -> int:
         """Keep many embeddings in one transaction; returns how many were new. The others join the collection.
 
         Their order among themselves is not kept. The full-text index does not follow by itself.
         """
-        return await self._full_text.submit(writes.import_embeddings, rows)
+        return await self._submit_indexed(writes.import_embeddings, rows)
 
     async def index_full_text(self) -> None:
-        """Bring the full-text index up to date now."""
-        await self._full_text.catch_up()
+        """Bring the full-text index up to date now; a replica leaves that to the server that writes."""
+        if self._full_text is not None:
+            await self._full_text.catch_up()
 
     async def place_embeddings(self, row_ids: Sequence[int], collection: str | None) -> set[int]:
         """Put stored texts into a collection, too; None: make them searchable as sentences of documents.
 
         Returns the rows that are there; those that are gone are passed over.
         """
-        return await self._full_text.submit(writes.place_embeddings, Placement(row_ids, collection))
+        return await self._submit_indexed(writes.place_embeddings, Placement(row_ids, collection))
 
     async def texts_of_rows(self, row_ids: Sequence[int]) -> dict[int, str]:
         """Texts by row id; rows that are gone are absent."""
@@ -547,10 +610,12 @@ class EmbeddingStore:
         """Row ids and BM25 scores (higher is better) of searchable texts with any word of the query, best first.
 
         Any string is a query; one without a word finds nothing. `row_ids`, sorted, are those that may be returned.
-        What was committed before the call is found. Raises FullTextUnavailable while the index is filled with very
-        many rows.
+        What was committed before the call is found; by a replica, what the other server has indexed by then. Raises
+        FullTextUnavailable while the index is filled with very many rows.
         """
         arguments = (query, model_name, tuple(families), limit, row_ids)
+        if self._full_text is None:
+            return await self._visit(self._search_threads, self._searches, _search_text, *arguments)
         await self._full_text.catch_up(max_rows=MAX_ROWS_TO_WAIT_FOR)
         try:
             return await self._visit(self._search_threads, self._searches, _search_text, *arguments)
@@ -574,7 +639,7 @@ class EmbeddingStore:
 
         See `erase` for what is left of it.
         """
-        return await self._full_text.submit(writes.delete_texts, text)
+        return await self._submit_indexed(writes.delete_texts, text)
 
     async def delete_document(
         self, filename: str, *, model_name: str | None = None, collection: str | None = None
@@ -584,9 +649,7 @@ class EmbeddingStore:
         A sentence that another document holds goes with the last of them; one that was asked for by itself stays. A
         document that is in other collections than the one given leaves that one only.
         """
-        return await self._full_text.submit(
-            writes.delete_documents, DocumentSelection(filename, model_name, collection)
-        )
+        return await self._submit_indexed(writes.delete_documents, DocumentSelection(filename, model_name, collection))
 
     async def erase(self, removal: Removal) -> bool:
         """Overwrite what is left of removed texts in the log and between rows. It waits some two seconds at most.
@@ -600,11 +663,11 @@ class EmbeddingStore:
             places.append(Place("token_level_embedding_bundles", bundle_id))
             [[token_id]] = await self._fetch(statements.FIND_TOKEN_BEFORE_BUNDLE, {"bundle_id": bundle_id})
             places.append(Place("token_level_embeddings", (token_id or 0) + 1))
-        return await self._erasure.erase(places)
+        return self._erasure is None or await self._erasure.erase(places)
 
     async def _overwrite_remains(self, places: Sequence[Place]) -> int:
         def overwrite(connection: Connection, payloads: Sequence[Sequence[Place]]) -> list[int]:
-            return [overwrite_remains(connection, self._path, payload) for payload in payloads]
+            return [overwrite_remains(connection, self.path, payload) for payload in payloads]
 
         return await self._write_queue.submit(overwrite, places)
 
@@ -621,6 +684,63 @@ class EmbeddingStore:
     async def list_jobs(self) -> list[DocumentJob]:
         """All jobs, oldest first."""
         return [_decode_job(*row) for row in await self._fetch(statements.LIST_JOBS)]
+
+    # --- what other processes commit ---
+
+    async def read_commit_mark(self) -> CommitMark:
+        """Differs from an earlier one if another process has committed in between.
+
+        With a replica, as soon as anybody has. A new connection differs from every other.
+        """
+        try:
+            if isinstance(self._write_queue, WriteQueue):
+                return await self._write_queue.read(read_commit_mark)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._lookup_thread, read_commit_mark, self._lookups)
+        except (sqlite3.Error, DBAPIError) as error:
+            raise _describe_failure(error) from error
+
+    async def read_positions(self) -> Positions:
+        """The highest ids given so far, to rows that are there or not."""
+        [found] = await self._fetch(statements.READ_POSITIONS)
+        return Positions(*(number or 0 for number in found))
+
+    async def read_rows_after(self, row_id: int, *, limit: int) -> list[CommittedRow]:
+        """The next rows of all models by ascending id, queries included."""
+        rows = await self._fetch(statements.READ_ROWS_AFTER, {"after_row_id": row_id, "limit": limit})
+        return [_decode_row(*row) for row in rows]
+
+    async def read_rows(self, row_ids: Sequence[int]) -> list[CommittedRow]:
+        """These rows, in any order; those that are gone are absent."""
+        found: list[CommittedRow] = []
+        for part in split(row_ids):
+            found.extend(_decode_row(*row) for row in await self._fetch(statements.READ_ROWS_BY_ID, {"row_ids": part}))
+        return found
+
+    async def read_bundles_after(self, row_id: int, *, limit: int) -> list[CommittedBundle]:
+        """The next token-level bundles of all models by ascending id."""
+        rows = await self._fetch(statements.READ_BUNDLES_AFTER, {"after_row_id": row_id, "limit": limit})
+        return [
+            CommittedBundle(
+                found_id,
+                text_hash,
+                model_name,
+                recipe,
+                _decode(matrix).reshape(n_tokens, -1) if n_tokens else np.empty((0, 0), np.float32),
+            )
+            for found_id, text_hash, model_name, recipe, n_tokens, matrix in rows
+        ]
+
+    async def read_changes_after(self, change_id: int, *, limit: int) -> list[RowChange]:
+        """The next changes, this process's own among them. The oldest are forgotten: a gap shows in the ids."""
+        rows = await self._fetch(statements.READ_CHANGES_AFTER, {"after_id": change_id, "limit": limit})
+        return [RowChange(*row) for row in rows]
+
+    def note_foreign_commits(self) -> None:
+        """Let go of what this process believes of collections and words."""
+        self._collection_names = CollectionNames()
+        if self._full_text is not None:
+            self._full_text.notice()
 
     # --- snapshots of indexes ---
 
@@ -660,7 +780,13 @@ class EmbeddingStore:
             partial.unlink(missing_ok=True)
 
     async def check_writable(self) -> None:
-        """Commit a write that changes nothing. Raises StoreBusy or StoreFull, within some two seconds."""
+        """Commit a write that changes nothing. Raises StoreBusy or StoreFull, within some two seconds.
+
+        A replica has nothing to commit; it reads.
+        """
+        if self.is_replica:
+            await self.read_positions()
+            return
         try:
             await asyncio.wait_for(self._write_queue.submit(writes.probe, None, is_probe=True), PROBE_TIMEOUT_SECONDS)
         except TimeoutError:
@@ -820,6 +946,12 @@ def _decode_job(
     return DocumentJob(
         job_id, JobState(state), filename, model_name, collection, size_in_bytes, stamp, finished, *results
     )
+
+
+def _decode_row(
+    row_id: int, text_hash: str, model_name: str, recipe: str, collection_id: int | None, vector: bytes
+) -> CommittedRow:
+    return CommittedRow(row_id, text_hash, model_name, recipe, collection_id is not None, _decode(vector))
 
 
 def _is_lock(error: Exception) -> bool:

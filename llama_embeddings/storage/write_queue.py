@@ -140,6 +140,10 @@ class WriteQueue:
         self._arrival.set()
         return await asyncio.shield(write.answer)
 
+    async def read(self, function: Callable[[Engine], Result]) -> Result:
+        """Run `function` on the writer's thread, between two transactions; it must not write."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, self._engine)
+
     async def _run(self) -> None:
         group: list[_Write] = []
         try:

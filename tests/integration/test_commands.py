@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -173,13 +174,17 @@ def test_damaged_files_are_named(suffix: str, tmp_path: Path) -> None:
     assert "Traceback" not in completed.stderr
 
 
-def test_import_beside_a_serving_server_harms_neither(tmp_path: Path) -> None:
-    """The server knows what was imported only after its next start; until then it computes, and keeps one row."""
+def test_import_beside_a_serving_server_is_found_by_it(tmp_path: Path) -> None:
+    """By its searches and in its store, without a restart; both keep one row."""
     write_npz(tmp_path / "rows.npz", ["beside the server"], make_vectors(1))
     with start_server(tmp_path) as server, server.client() as client:
         client.post(EMBED, json={"text": "first"}).raise_for_status()
         assert run_command(tmp_path, "import", tmp_path / "rows.npz").returncode == 0
+        deadline = time.monotonic() + 20
+        results: list[dict[str, object]] = []
+        while not results and time.monotonic() < deadline:
+            results = client.post(SEARCH, json={"query_text": "first"}).json()["results"]
+        assert [result["search_result_text"] for result in results] == ["beside the server"]
         reply: httpx.Response = client.post(EMBED, json={"text": "beside the server"})
-        assert reply.headers["x-embedding-source"] == "computed"
-        assert reply.raise_for_status()
+        assert reply.headers["x-embedding-source"] == "store"
     assert len(read_rows(tmp_path)) == 2
