@@ -1,9 +1,11 @@
-"""The store's figures beside their targets: `python -m benchmarks.store [cached] [request] [import] [--rows 1000000]`.
+"""The store's figures beside their targets.
+
+    python -m benchmarks.store [cached] [request] [import] [durability] [--rows 1000000] [--directory DIRECTORY]
 
 `cached`: one cached text a request, 32 clients, as a share of a bare endpoint that returns the same bytes under the
 same server settings; both take turns in one run. `request`: 256 cached texts in one request, less the time to encode
 their JSON. `import`: rows a second by the bulk path, index of hashes included, over all rows; then full text and
-filters on them, without a model.
+filters on them, without a model. `durability`: what `DURABILITY=power` costs, on the disk of `--directory`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ import orjson
 from benchmarks.engine import NATIVE_PATH, OPENAI_PATH, PROJECT_DIRECTORY, find_free_port, running
 from benchmarks.load import Client
 from benchmarks.texts import make_texts
-from embeddings_data_models import BulkEmbeddings
+from embeddings_data_models import BulkEmbeddings, NewEmbedding, RequestStamp, compute_text_hash, utc_now
 from llama_embeddings.commands.import_embeddings import ROWS_PER_PART, WRITER_CACHE_IN_MB
 from llama_embeddings.storage.store import EmbeddingStore
 
@@ -186,17 +188,61 @@ async def measure_import(n_rows: int) -> None:
         await store.close()
 
 
+async def measure_durability(directory: Path, rounds: int, seconds: float) -> None:
+    """Rows a second and the median time of a write, one row each, by how many writers wait at a time."""
+    for n_writers in (1, 16, 64):
+        for _ in range(rounds):
+            for survives_power_cuts in (False, True):
+                rate, median = await time_writes(directory, n_writers, seconds, survives_power_cuts)
+                setting = "power" if survives_power_cuts else "process"
+                print(f"DURABILITY={setting}, {n_writers} writers: {rate:,.0f} rows/s, {1000 * median:.2f} ms a write")
+
+
+async def time_writes(
+    directory: Path, n_writers: int, seconds: float, survives_power_cuts: bool
+) -> tuple[float, float]:
+    """Rows a second, and the median seconds from a write to its answer."""
+    vector = np.ones(N_DIMS, np.float32)
+    times: list[float] = []
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        store = await EmbeddingStore.open(
+            f"sqlite+aiosqlite:///{name}/embeddings.sqlite",
+            follows_full_text=False,
+            survives_power_cuts=survives_power_cuts,
+        )
+        ends = time.perf_counter() + seconds
+
+        async def write_on(writer: int) -> None:
+            for number in count():
+                text = f"row {number} of {writer}"
+                row = NewEmbedding(
+                    text, compute_text_hash(text), MODEL, FAMILY, vector, 8, 0, RequestStamp(), utc_now()
+                )
+                started = time.perf_counter()
+                if started >= ends:
+                    return
+                await store.add_embeddings([row])
+                times.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(write_on(writer) for writer in range(n_writers)))
+        await store.close()
+    return len(times) / seconds, statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", default=["cached", "request", "import"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--directory", type=Path, default=Path.cwd())
     arguments = parser.parse_args()
     if "cached" in arguments.stages:
         measure_cached(arguments.rounds, arguments.seconds)
     if "request" in arguments.stages:
         measure_request(arguments.rounds)
+    if "durability" in arguments.stages:
+        asyncio.run(measure_durability(arguments.directory, arguments.rounds, arguments.seconds))
     if "import" in arguments.stages:
         asyncio.run(measure_import(arguments.rows))
 

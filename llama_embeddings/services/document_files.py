@@ -97,5 +97,15 @@ class DocumentFile:
                 target.flush()
                 os.fsync(target.fileno())
             partial.replace(path)
+            _synchronise(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _synchronise(directory: Path) -> None:
+    """Let the names in a directory survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -556,6 +556,24 @@ async def test_everything_is_there_after_a_restart(store: EmbeddingStore, path: 
     await again.close()
 
 
+@pytest.mark.parametrize(("survives_power_cuts", "synchronous"), [(False, 1), (True, 2)])
+async def test_writer_waits_for_the_disk_where_answers_survive_power_cuts(
+    tmp_path: Path, survives_power_cuts: bool, synchronous: int
+) -> None:
+    """FULL, an fsync of the log for every commit, instead of NORMAL; also on a connection that is made anew."""
+    store = await EmbeddingStore.open(
+        f"sqlite+aiosqlite:///{tmp_path}/embeddings.sqlite", survives_power_cuts=survives_power_cuts
+    )
+    assert store._writer is not None
+    for _ in range(2):
+        connection = store._writer.raw_connection()
+        assert connection.cursor().execute("PRAGMA synchronous").fetchone() == (synchronous,)
+        connection.close()
+        store._writer.dispose()
+    await store.add_embeddings([make_embedding("a")])
+    await store.close()
+
+
 async def test_statistics_count_rows_and_writes(store: EmbeddingStore) -> None:
     """Rows by table and the queue's figures."""
     await add_document(store, "a.txt", ["One.", "Two."])
