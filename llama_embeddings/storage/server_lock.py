@@ -6,6 +6,7 @@ it, and stays; it means nothing while nobody does. Commands do not take the lock
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -52,11 +53,13 @@ class ServerLock:
             ) from None
         except OSError as error:
             logger.warning("%s: this file system has no locks (%s); start no second server on it", path, error.strerror)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{holder}\n".encode()[:MAX_DESCRIPTION_BYTES], 0)
+        with contextlib.suppress(OSError):  # without room on the disk there is a lock all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{holder}\n".encode()[:MAX_DESCRIPTION_BYTES], 0)
         return cls(descriptor)
 
     def release(self) -> None:
         """Let others have it."""
-        os.ftruncate(self._descriptor, 0)
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)

@@ -140,22 +140,6 @@ async def test_lock_for_good_is_a_503_that_says_when_to_come_back(tmp_path: Path
         assert await search(running.client, "anything") == {"answered", "refused"}
 
 
-async def test_two_servers_on_one_database_both_answer_and_share_what_is_stored(tmp_path: Path) -> None:
-    """They do not see each other's texts in searches before the next start, but never break or double anything."""
-    async with run_application(tmp_path) as one, run_application(tmp_path) as two:
-        texts = [f"text {number}" for number in range(40)]
-        clients = [one.client, two.client]
-        replies = await asyncio.gather(*(ask(client, text) for text in texts for client in clients))
-        assert {reply.status_code for reply in replies} == {200}
-        for text in texts:
-            vectors = [(await ask(client, text)).json() for client in clients]
-            assert vectors[0] == vectors[1]
-        for client in clients:
-            assert len((await client.get(STRINGS)).json()["strings"]) == 40
-    async with run_application(tmp_path) as running:
-        assert len(await search(running.client, "anything at all")) == 10
-
-
 def make_damaged(path: Path) -> None:
     path.write_bytes(b"SQLite format 3\0" + b"\xff" * 20_000)
 
