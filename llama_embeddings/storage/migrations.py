@@ -315,7 +315,7 @@ SNAPSHOT_NUMBERS = Migration(
 # Several processes may use a database. What one of them changes, the others find here. Triggers note it, so that no way
 # to change a row can forget it. The newest 100,000 are kept: a process that missed more looks at everything.
 ROW_CHANGES = Migration(
-    version=6,
+    version=7,
     description="changes of rows, for other processes",
     statements=(
         """

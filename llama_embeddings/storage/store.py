@@ -42,9 +42,8 @@ from embeddings_data_models import (
     StoredTokenLevelBundle,
 )
 from llama_embeddings.errors import (
-    FullTextUnavailable,
-    InvalidInput,
     ConfigurationError,
+    FullTextUnavailable,
     InvalidInput,
     ReadOnlyReplica,
     StoreBusy,

@@ -167,12 +167,11 @@ async def test_server_that_missed_changes_looks_at_everything(server: RunningApp
 
 
 async def test_own_commits_are_not_taken_for_others(server: RunningApplication) -> None:
-    """Or every row would be read again."""
+    """Or every row would be read again. After a deletion one look is due, as the log is cut by another connection."""
     store = server.app.state.services.contents._store
     await embed(server, "before")
     mark = await store.read_commit_mark()
     await embed(server, "another")
-    await server.client.request("DELETE", "/stored_strings/", json={"text": "another"})
     assert await store.read_commit_mark() == mark
     async with open_beside(server) as other:
         await other.delete_text("before")
