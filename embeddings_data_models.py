@@ -16,11 +16,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import cached_property
 from hashlib import sha3_256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -41,13 +41,16 @@ from sqlalchemy import (
 from sqlalchemy import text as sql_text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+Entry = TypeVar("Entry")
+
 RECIPE_FAMILY_LENGTH = 16
 RECIPE_RULE_SEPARATOR = ":"
 
 # Where texts and documents go that name no collection.
 DEFAULT_COLLECTION = "default"
 DEFAULT_COLLECTION_ID = 1
-# In `embeddings.collection_id`: in no collection by itself, only in those of the documents that hold it.
+# In `embeddings.collection_id`: in no collection by itself, only in those of the documents that hold it. A search finds
+# it while one of these is there.
 HELD_BY_DOCUMENTS = 0
 MAX_COLLECTION_NAME_LENGTH = 255
 
@@ -97,6 +100,14 @@ class JobState(StrEnum):
         return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
 
 
+class DocumentState(IntEnum):
+    """Where a document is between coming and going. Only one that is there shows, with all its sentences or none."""
+
+    BEING_WRITTEN = 0
+    THERE = 1
+    BEING_REMOVED = 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Requests and responses of the native API
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +151,9 @@ class TokenLevelRequest(_Request):
 
 class EmbeddingRequest(TokenLevelRequest):
     corpus_identifier_string: CollectionName | None = Field(
-        None, description="Collection to put the text into; `default` if absent.", examples=["default"]
+        None,
+        description="Collection to put the text into; `default` if absent. What is embedded as a query is in none.",
+        examples=["default"],
     )
 
 
@@ -194,11 +207,13 @@ class _SearchRequest(_Request):
     filename: str | None = Field(None, description="Only sentences of documents of this name.", examples=[None])
     since: datetime | None = Field(
         None,
-        description="Only texts first embedded at this time or later; UTC unless it names a zone.",
+        description="Only texts first embedded as such at this time or later; UTC unless it names a zone.",
         examples=["2023-12-04T00:00:00Z"],
     )
     until: datetime | None = Field(
-        None, description="Only texts first embedded before this time; UTC unless it names a zone.", examples=[None]
+        None,
+        description="Only texts first embedded as such before this time; UTC unless it names a zone.",
+        examples=[None],
     )
     exact: bool = Field(
         False, description="Compare with every vector, however many there are, rather than with an index's candidates."
@@ -251,11 +266,20 @@ class ModelNamesResponse(BaseModel):
     model_names: list[str] = Field(examples=[["all-MiniLM-L6-v2"]])
 
 
-class AllStringsResponse(BaseModel):
+class _PageResponse(BaseModel):
+    next_cursor: str | None = Field(
+        default=None,
+        description="Send it as `cursor` for what follows. Absent where nothing does, or strings or documents were "
+        "asked for without a `cursor`.",
+        examples=[None],
+    )
+
+
+class AllStringsResponse(_PageResponse):
     strings: list[str] = Field(description="Each distinct text once, oldest first.", examples=[["I am so cold"]])
 
 
-class AllDocumentsResponse(BaseModel):
+class AllDocumentsResponse(_PageResponse):
     documents: list[str] = Field(description="File names, oldest first.", examples=[["sherlock_holmes.txt"]])
 
 
@@ -267,7 +291,7 @@ class CollectionDescription(BaseModel):
     number_of_documents: int = Field(examples=[0])
 
 
-class CollectionsResponse(BaseModel):
+class CollectionsResponse(_PageResponse):
     collections: list[CollectionDescription] = Field(description="Oldest first.")
 
 
@@ -448,7 +472,9 @@ class JobDescription(BaseModel):
     filename: str = Field(examples=["book.pdf"])
     model_name: str = Field(examples=["all-MiniLM-L6-v2"])
     size_in_bytes: int = Field(examples=[1048576])
-    n_sentences_done: int = Field(description="Stored and searchable already.", examples=[2560])
+    n_sentences_done: int = Field(
+        description="Stored already; searches find them when all are, with the document.", examples=[2560]
+    )
     n_sentences_total: int | None = Field(None, description="Null until the file was read.", examples=[6012])
     sentences_per_second: float | None = Field(None, description="Over the last half minute.", examples=[165.2])
     seconds_left: float | None = Field(None, description="At that rate.", examples=[20.9])
@@ -461,7 +487,7 @@ class JobDescription(BaseModel):
     links: JobLinks
 
 
-class JobsResponse(BaseModel):
+class JobsResponse(_PageResponse):
     jobs: list[JobDescription] = Field(description="Oldest first.")
 
 
@@ -593,7 +619,8 @@ class NewEmbedding:
     """One text's embedding on its way into the store. `vector`: float32 (n_dims,).
 
     `collection` is the one it was asked for in; None for a sentence, which is where its documents are, and for a
-    query, which is in none. Only a query's row is not `is_searchable`.
+    query, which is in none. Only a query's row is not `is_searchable`. `document_row_id` is the document for which a
+    sentence is stored: with that it goes.
     """
 
     text: str
@@ -607,6 +634,7 @@ class NewEmbedding:
     response_time: datetime
     collection: str | None = DEFAULT_COLLECTION
     is_searchable: bool = True
+    document_row_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -628,7 +656,8 @@ class BulkEmbeddings:
 class StoredEmbedding:
     """One text's embedding as the store holds it. `vector`: float32 (n_dims,), read-only.
 
-    `collections` are those it was asked for in, without those that only its documents are in.
+    `collections` are those it was asked for in, without those that only its documents are in. What is not
+    `is_searchable` was only ever a query.
     """
 
     row_id: int
@@ -773,6 +802,14 @@ class EmbeddingGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Page(Generic[Entry]):
+    """A part of a listing. `next_after` is what the next part comes after; None: this was the last."""
+
+    entries: list[Entry]
+    next_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredCollection:
     """A collection with the number of embeddings (texts by model and recipe) and of documents in it."""
 
@@ -835,6 +872,13 @@ class TextEmbedding(_RequestTimes, Base):
         Index("ix_embeddings_model_name_recipe", "model_name", "recipe"),
         # Has all that the filters of a search ask for, so that they need not read the table.
         Index("ix_embeddings_filters", "model_name", "recipe", "collection_id", "request_time"),
+        # Only rows of collections that were named, to tell which are empty.
+        Index(
+            "ix_embeddings_collection_id",
+            "collection_id",
+            sqlite_where=sql_text(f"collection_id > {DEFAULT_COLLECTION_ID}"),
+            postgresql_where=sql_text(f"collection_id > {DEFAULT_COLLECTION_ID}"),
+        ),
         # Only rows that a document brought: without it, forgetting a document would read every row of the table.
         Index(
             "ix_embeddings_document_id",
@@ -857,7 +901,7 @@ class TextEmbedding(_RequestTimes, Base):
     document_id: Mapped[int | None] = mapped_column(ForeignKey("document_embeddings.id", ondelete="SET NULL"))
 
     # The collection it was first asked for in, HELD_BY_DOCUMENTS, or NULL for what was only ever a search query. No
-    # foreign key: a column with one cannot be added without writing every row anew. Collections are never deleted.
+    # foreign key: a column with one cannot be added without writing every row anew. Only empty collections are deleted.
     collection_id: Mapped[int | None] = mapped_column(
         Integer, server_default=sql_text(str(DEFAULT_COLLECTION_ID)), sort_order=1
     )
@@ -868,6 +912,18 @@ class TextEmbedding(_RequestTimes, Base):
     def embedding_json(self) -> str:
         """The vector as the JSON text that the first version stored."""
         return _vector_json(self.embedding)
+
+
+class CollectionNumber(Base):
+    """Numbers for collections, none given out twice: a number that was another's would still stand for its name.
+
+    A row is removed as soon as its number is taken.
+    """
+
+    __tablename__ = "collection_numbers"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
 
 
 class EmbeddingCollection(Base):
@@ -911,6 +967,13 @@ class DocumentEmbedding(_RequestTimes, Base):
     __tablename__ = "document_embeddings"
     __table_args__ = (
         UniqueConstraint("file_hash", "model_name", "recipe", "segmentation", "filename", name="_file_hash_model_uc"),
+        # Only those that do not show, which are few: a search asks whether there are any.
+        Index(
+            "ix_document_embeddings_state",
+            "state",
+            sqlite_where=sql_text(f"state != {DocumentState.THERE:d}"),
+            postgresql_where=sql_text(f"state != {DocumentState.THERE:d}"),
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -925,6 +988,10 @@ class DocumentEmbedding(_RequestTimes, Base):
     # Tells a document whose sentences are all there from one that lost some when a text was forgotten.
     n_sentences: Mapped[int] = mapped_column(Integer)
     file_data: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
+    # A DocumentState. Large documents are written and removed by parts; this makes them come and go as a whole.
+    state: Mapped[int] = mapped_column(
+        Integer, server_default=sql_text(f"{DocumentState.THERE:d}"), default=DocumentState.THERE, sort_order=1
+    )
 
     document: Mapped[Document] = relationship(back_populates="document_embeddings")
     sentences: Mapped[list[DocumentSentence]] = relationship(order_by="DocumentSentence.position")

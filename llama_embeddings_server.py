@@ -79,6 +79,7 @@ from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.memory_cache import EmbeddingMemoryCache
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.readiness import ReadinessService
+from llama_embeddings.services.removals import DocumentRemovals
 from llama_embeddings.services.rerank import RerankMethod, RerankService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
@@ -137,6 +138,8 @@ def create_app(settings: Settings, *, backend: Backend | None = None) -> FastAPI
             stack.push_async_callback(services.jobs.stop)
             if not settings.read_only_replica:
                 await services.jobs.start()
+                stack.push_async_callback(services.removals.stop)
+                services.removals.start()
             logger.info("Ready")
             yield
             logger.info("Stopping: finishing what is under way")
@@ -358,7 +361,17 @@ def make_services(
     )
     search = SearchService(store, models, embeddings, indexing)
     reader = make_document_reader(settings)
-    document_service = DocumentService(store, models, embeddings, reader, keeps_files=settings.keep_document_files)
+    document_service = DocumentService(
+        store, models, embeddings, indexing, reader, keeps_files=settings.keep_document_files
+    )
+    keep_finished_jobs = timedelta(hours=settings.keep_finished_jobs_hours)
+    removals = DocumentRemovals(
+        store,
+        embeddings,
+        token_index,
+        keep_unfinished=keep_finished_jobs,
+        find_row_ids_being_written=lambda: document_service.row_ids_being_written,
+    )
     painter = Painter()
     follower = StoreFollower(store, positions, embeddings, token_index, known)
     follower.start()
@@ -369,7 +382,8 @@ def make_services(
         stack.push_async_callback(service.drain, timeout_seconds=DRAIN_SECONDS)
     return Services(
         models=models,
-        contents=ContentsService(store, models, embeddings, token_index),
+        contents=ContentsService(store, models, embeddings, token_index, removals),
+        removals=removals,
         embeddings=embeddings,
         token_embeddings=token_embeddings,
         documents=document_service,
@@ -378,9 +392,10 @@ def make_services(
             store,
             models,
             document_service,
+            removals,
             spool_directory=find_spool_directory(settings),
             max_waiting=settings.max_waiting_jobs,
-            keep_finished=timedelta(hours=settings.keep_finished_jobs_hours),
+            keep_finished=keep_finished_jobs,
         ),
         search=search,
         advanced_search=AdvancedSearchService(store, search),

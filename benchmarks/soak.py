@@ -57,9 +57,15 @@ LEAVING_AFTER_SECONDS = 0.02
 SECONDS_BETWEEN_LEAVINGS = 2.0
 BOUNDARY = "----------------soak"
 
-# Texts but for those that were only asked with, and tokens.
+# Texts but for those that were only asked with, or stand in documents that were given up, and tokens.
 COUNT_FINDABLE_ROWS = """
-SELECT (SELECT count(*) FROM embeddings WHERE collection_id IS NOT NULL) + (SELECT count(*) FROM token_level_embeddings)
+SELECT (SELECT count(*) FROM token_level_embeddings) + (
+    SELECT count(*) FROM embeddings WHERE collection_id > 0 OR collection_id = 0 AND EXISTS (
+        SELECT 1 FROM document_sentences
+        JOIN document_embeddings ON document_embeddings.id = document_sentences.document_embedding_id
+        WHERE document_sentences.embedding_id = embeddings.id AND document_embeddings.state = 1
+    )
+)
 """
 
 NATIVE = "/get_embedding_vector_for_string/"

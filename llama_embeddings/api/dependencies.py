@@ -49,6 +49,14 @@ IntoCollection = Annotated[
     CollectionName | None, Query(description="Collection to put the document into; `default` if absent.")
 ]
 Limit = Annotated[int | None, Query(ge=1, le=LARGEST_INTEGER, description="How many at most; all if absent.")]
+PageLimit = Annotated[int, Query(ge=1, le=10_000, description="How many at most; `next_cursor` says where more are.")]
+DEFAULT_PAGE_LIMIT = 1_000
+Cursor = Annotated[
+    int | None,
+    Query(
+        ge=0, le=LARGEST_INTEGER, description="The `next_cursor` of an earlier reply, to go on from there; 0 to begin."
+    ),
+]
 Offset = Annotated[int, Query(ge=0, le=LARGEST_INTEGER, description="How many to leave out first.")]
 JsonFormat = Annotated[
     Literal["records", "split", "index", "columns", "values", "table"],

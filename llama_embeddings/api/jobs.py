@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
 
 from embeddings_data_models import JobDescription, JobsResponse
-from llama_embeddings.api.dependencies import CurrentServices, DocumentReplyAs, JsonFormat
+from llama_embeddings.api.dependencies import (
+    DEFAULT_PAGE_LIMIT,
+    CurrentServices,
+    DocumentReplyAs,
+    JsonFormat,
+    PageLimit,
+)
 from llama_embeddings.api.documents import DOCUMENT_REPLIES
 from llama_embeddings.api.error_responses import describe_statuses
 from llama_embeddings.api.streaming import stream_reply
@@ -21,10 +28,17 @@ EVENT_STREAM = "text/event-stream"
 EVENT_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-@router.get("", responses=describe_statuses(401))
-async def list_jobs(services: CurrentServices) -> JobsResponse:
-    """Every job that waits, runs or was finished lately, oldest first."""
-    return JobsResponse(jobs=services.jobs.list_all())
+@router.get("", response_model_exclude_unset=True, responses=describe_statuses(400, 401, 422))
+async def list_jobs(
+    services: CurrentServices,
+    limit: PageLimit = DEFAULT_PAGE_LIMIT,
+    cursor: Annotated[
+        str | None, Query(max_length=100, description="The `next_cursor` of an earlier reply: go on from there.")
+    ] = None,
+) -> JobsResponse:
+    """Every job that waits, runs or was finished lately, oldest first, by pages."""
+    jobs, next_cursor = services.jobs.list_page(limit, cursor)
+    return JobsResponse(jobs=jobs) if next_cursor is None else JobsResponse(jobs=jobs, next_cursor=next_cursor)
 
 
 @router.get("/{job_id}", responses=JOB_ERRORS)
@@ -66,7 +80,11 @@ async def get_job_result(
 
 @router.delete("/{job_id}", responses=JOB_ERRORS)
 async def cancel_job(job_id: str, services: CurrentServices) -> JobDescription:
-    """Cancel a job, or forget one that is finished. Embeddings that were computed stay."""
+    """Cancel a job, or forget one that is finished. The document of one that was done stays.
+
+    No search finds what a cancelled or failed job computed. It is kept for the next attempt until the job is forgotten
+    or the document deleted.
+    """
     return await services.jobs.cancel(job_id)
 
 

@@ -13,6 +13,7 @@ from embeddings_data_models import (
     AllDocumentsResponse,
     AllStringsResponse,
     CollectionDescription,
+    CollectionName,
     CollectionsResponse,
     DeleteStringRequest,
     DeletionResponse,
@@ -22,16 +23,20 @@ from embeddings_data_models import (
     ModelDescriptionsResponse,
     ModelNameRequest,
     ModelNamesResponse,
+    Page,
     TokenLevelEmbeddingsResponse,
     TokenLevelRequest,
 )
 from llama_embeddings.api.dependencies import (
+    DEFAULT_PAGE_LIMIT,
     CurrentServices,
+    Cursor,
     InCollection,
     JsonFormat,
     Limit,
     ModelName,
     Offset,
+    PageLimit,
     ReplyAs,
     Stamp,
 )
@@ -60,17 +65,24 @@ async def get_list_of_available_model_names(services: CurrentServices) -> ModelN
     return ModelNamesResponse(model_names=services.models.names())
 
 
-@router.get("/get_all_stored_strings/", tags=["Stored"], responses=_LISTING_ERRORS)
+@router.get("/get_all_stored_strings/", tags=["Stored"], response_model_exclude_none=True, responses=_LISTING_ERRORS)
 async def get_all_stored_strings(
     services: CurrentServices,
     model_name: ModelName = None,
     corpus_identifier_string: InCollection = None,
     limit: Limit = None,
     offset: Offset = 0,
+    cursor: Cursor = None,
 ) -> AllStringsResponse:
-    """Every text that was ever embedded, each once, oldest first; search queries only where no collection is named."""
-    texts = await services.contents.list_texts(model_name, limit, offset, collection=corpus_identifier_string)
-    return AllStringsResponse(strings=texts)
+    """Every text that was ever embedded, each once, oldest first; search queries only where no collection is named.
+
+    By pages with `limit` and `cursor`, or with `limit` and `offset`. Sentences of a document are listed once that is
+    complete.
+    """
+    texts = await services.contents.list_texts(
+        model_name, limit, offset, collection=corpus_identifier_string, after=cursor or 0
+    )
+    return AllStringsResponse(strings=texts.entries, next_cursor=_write_cursor(texts, is_wanted=cursor is not None))
 
 
 @router.delete("/stored_strings/", tags=["Stored"], responses=_DELETING_ERRORS, response_model_exclude_none=True)
@@ -79,9 +91,13 @@ async def delete_stored_string(request: DeleteStringRequest, services: CurrentSe
     return _describe_deletion(await services.contents.delete_text(request.text))
 
 
-@router.get("/get_all_stored_documents/", tags=["Stored"], responses=_LISTING_ERRORS)
+@router.get("/get_all_stored_documents/", tags=["Stored"], response_model_exclude_none=True, responses=_LISTING_ERRORS)
 @router.get(
-    "/get_all_stored_documents_with_embeddings/", tags=["Older names"], deprecated=True, responses=_LISTING_ERRORS
+    "/get_all_stored_documents_with_embeddings/",
+    tags=["Older names"],
+    deprecated=True,
+    response_model_exclude_none=True,
+    responses=_LISTING_ERRORS,
 )
 async def get_all_stored_documents(
     services: CurrentServices,
@@ -89,12 +105,17 @@ async def get_all_stored_documents(
     corpus_identifier_string: InCollection = None,
     limit: Limit = None,
     offset: Offset = 0,
+    cursor: Cursor = None,
 ) -> AllDocumentsResponse:
-    """Names of all files that were ever embedded, oldest first."""
+    """Names of all files that were ever embedded, oldest first.
+
+    By pages with `limit` and `cursor`, or with `limit` and `offset`.
+    """
     filenames = await services.contents.list_document_filenames(
-        model_name, limit, offset, collection=corpus_identifier_string
+        model_name, limit, offset, collection=corpus_identifier_string, after=cursor or 0
     )
-    return AllDocumentsResponse(documents=filenames)
+    next_cursor = _write_cursor(filenames, is_wanted=cursor is not None)
+    return AllDocumentsResponse(documents=filenames.entries, next_cursor=next_cursor)
 
 
 @router.delete("/stored_documents/", tags=["Stored"], responses=_DELETING_ERRORS, response_model_exclude_none=True)
@@ -104,7 +125,11 @@ async def delete_stored_document(
     model_name: ModelName = None,
     corpus_identifier_string: InCollection = None,
 ) -> DeletionResponse:
-    """Forget a document and its sentences, but for those that were embedded by themselves or stand in another one."""
+    """Forget a document and its sentences, but for those that were embedded by themselves or stand in another one.
+
+    It disappears as a whole, before its sentences are removed. One that is just being embedded is forgotten as well, as
+    is what is left of one that never was to its end.
+    """
     deletion = await services.contents.delete_document(
         filename, model_name=model_name, collection=corpus_identifier_string
     )
@@ -118,20 +143,40 @@ def _describe_deletion(deletion: Deletion) -> DeletionResponse:
     )
 
 
-@router.get("/get_list_of_collections/", tags=["Stored"], responses=describe_statuses(401, 503))
-async def get_list_of_collections(services: CurrentServices) -> CollectionsResponse:
-    """Every collection, oldest first, with how much is in it."""
-    collections = await services.contents.list_collections()
-    return CollectionsResponse(
-        collections=[
-            CollectionDescription(
-                corpus_identifier_string=collection.name,
-                number_of_embeddings=collection.n_embeddings,
-                number_of_documents=collection.n_documents,
-            )
-            for collection in collections
-        ]
-    )
+@router.get(
+    "/get_list_of_collections/",
+    tags=["Stored"],
+    response_model_exclude_none=True,
+    responses=describe_statuses(401, 422, 503),
+)
+async def get_list_of_collections(
+    services: CurrentServices, limit: PageLimit = DEFAULT_PAGE_LIMIT, cursor: Cursor = None
+) -> CollectionsResponse:
+    """Every collection, oldest first, with how much is in it, by pages."""
+    page = await services.contents.list_collections(limit, cursor or 0)
+    collections = [
+        CollectionDescription(
+            corpus_identifier_string=collection.name,
+            number_of_embeddings=collection.n_embeddings,
+            number_of_documents=collection.n_documents,
+        )
+        for collection in page.entries
+    ]
+    return CollectionsResponse(collections=collections, next_cursor=_write_cursor(page))
+
+
+@router.delete("/stored_collections/", tags=["Stored"], responses=_DELETING_ERRORS)
+async def delete_stored_collection(
+    corpus_identifier_string: Annotated[CollectionName, Query(description="Name of an empty collection.")],
+    services: CurrentServices,
+) -> MessageResponse:
+    """Forget the name of a collection that is empty; `default` stays."""
+    await services.contents.delete_collection(corpus_identifier_string)
+    return MessageResponse(message=f"The collection {corpus_identifier_string!r} is deleted.")
+
+
+def _write_cursor(page: Page[Any], *, is_wanted: bool = True) -> str | None:
+    return None if page.next_after is None or not is_wanted else str(page.next_after)
 
 
 @router.post(

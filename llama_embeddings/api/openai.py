@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, StrictInt
 
+from embeddings_data_models import InputType
 from llama_embeddings.api.dependencies import CurrentServices, stamp_connection
 from llama_embeddings.api.dialects import OPENAI
 from llama_embeddings.api.error_responses import describe_statuses
@@ -22,6 +23,13 @@ from llama_embeddings.services.models import ModelService
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+INPUT_TYPES = {
+    "query": InputType.QUERY,
+    "search_query": InputType.QUERY,
+    "document": InputType.DOCUMENT,
+    "search_document": InputType.DOCUMENT,
+    "passage": InputType.DOCUMENT,
+}
 TokenIds = list[Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]]
 
 
@@ -34,6 +42,11 @@ class OpenAIEmbeddingRequest(BaseModel):
     encoding_format: Literal["float", "base64"] = Field("float", examples=["float"])
     dimensions: int | None = Field(None, ge=1, description="Keep so many dimensions, scaled to unit length again.")
     user: str | None = Field(None, description="Taken and ignored.")
+    input_type: Literal["query", "search_query", "document", "search_document", "passage"] | None = Field(
+        None,
+        description="The part that the texts play, as several services of this dialect call it. Absent: none. What is "
+        "embedded as a query is found by no search.",
+    )
 
 
 class OpenAIEmbedding(BaseModel):
@@ -77,6 +90,7 @@ async def create_embeddings(body: OpenAIEmbeddingRequest, request: Request, serv
     answers = await services.embeddings.get_or_compute(
         await services.tokenization.read_inputs(given, model_name=body.model, field="input"),
         model_name=body.model,
+        input_type=INPUT_TYPES[body.input_type] if body.input_type is not None else None,
         stamp=stamp_connection(request),
         field="input",
     )

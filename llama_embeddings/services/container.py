@@ -14,6 +14,7 @@ from llama_embeddings.services.jobs import JobService
 from llama_embeddings.services.late_interaction import LateInteractionService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.readiness import ReadinessService
+from llama_embeddings.services.removals import DocumentRemovals
 from llama_embeddings.services.rerank import RerankService
 from llama_embeddings.services.search import SearchService
 from llama_embeddings.services.similarity import SimilarityService
@@ -34,6 +35,7 @@ class Services:
     documents: DocumentService
     document_downloads: DocumentDownloads
     jobs: JobService
+    removals: DocumentRemovals
     search: SearchService
     advanced_search: AdvancedSearchService
     late_interaction: LateInteractionService

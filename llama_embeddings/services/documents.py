@@ -2,7 +2,8 @@
 
 A document is taken in by parts: a part's sentences are fitted into the model's window, embedded and stored, and what is
 kept of them is where they stand. So a book takes no more memory than a page, and is read back from the store by parts
-as well.
+as well. No search finds any of its sentences before it is complete; then all are found at once. What is given up stays
+for the next attempt, until it is deleted by its name or nobody has come back for long.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from embeddings_data_models import (
     utc_now,
 )
 from llama_embeddings.documents.reader import DocumentReader, ReadDocument
-from llama_embeddings.errors import Unavailable, UnreadableDocument
+from llama_embeddings.errors import NotFound, Unavailable, UnreadableDocument
 from llama_embeddings.inference.engine import EmbeddingEngine
 from llama_embeddings.services.document_files import DocumentFile
 from llama_embeddings.services.embeddings import EmbeddingAnswer, EmbeddingService, Source
+from llama_embeddings.services.indexing import IndexService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.single_flight import Flight, SingleFlight
+from llama_embeddings.storage.document_writes import DELETED_MEANWHILE
 from llama_embeddings.storage.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ logger = logging.getLogger(__name__)
 SENTENCES_PER_CHUNK = 256
 # While one chunk is written down and the next one is prepared, the engine has another to compute.
 CHUNKS_IN_FLIGHT = 3
+
+NO_PLACES = SentencePlaces(*(np.empty(0, np.int64) for _ in range(4)))
 
 # Called with the sentences that are stored and, once it is known, with how many there are in all.
 Report = Callable[[int, int | None], None]
@@ -71,6 +76,9 @@ class _Intake:
 
     key: _Key
     stamp: RequestStamp
+    collection: str
+    # In the store; None until the file was read.
+    row_id: int | None = None
     mimetype: str = ""
     # None until the file was read to its end.
     n_sentences: int | None = None
@@ -100,6 +108,7 @@ class DocumentService:
         store: EmbeddingStore,
         models: ModelService,
         embeddings: EmbeddingService,
+        indexing: IndexService,
         reader: DocumentReader,
         *,
         keeps_files: bool,
@@ -107,9 +116,11 @@ class DocumentService:
         self._store = store
         self._models = models
         self._embeddings = embeddings
+        self._indexing = indexing
         self._reader = reader
         self._keeps_files = keeps_files
         self._flights: SingleFlight[_Key, DocumentAnswer] = SingleFlight()
+        self._intakes: list[_Intake] = []
         self._reports: defaultdict[_Key, list[Report]] = defaultdict(list)
 
     async def get_or_compute(
@@ -171,11 +182,7 @@ class DocumentService:
         found = await self._find(key)
         if found is not None:
             return DocumentAnswer(found, Source.STORE)
-        row_id = await self._take_in(file, key, collection, stamp, flight)
-        document = await self._store.describe_document(row_id)
-        if document is None:
-            raise Unavailable("The document was deleted while it was being stored. Submit it again.")
-        return DocumentAnswer(document, Source.COMPUTED)
+        return DocumentAnswer(await self._take_in(file, key, collection, stamp, flight), Source.COMPUTED)
 
     async def _find(self, key: _Key) -> StoredDocument | None:
         return await self._store.find_document(
@@ -189,30 +196,69 @@ class DocumentService:
         collection: str,
         stamp: RequestStamp,
         flight: Flight[_Key, DocumentAnswer],
-    ) -> int:
-        intake = _Intake(key, stamp)
-        await self._embed(file, intake)
-        if not intake.row_ids:
-            raise UnreadableDocument("The document has no sentence that the model can read.", field="file")
-        # Or some of its sentences could have been embedded by another model than the others.
-        await self._models.check_current(key.model_name, key.recipe, InputType.DOCUMENT)
-        flight.make_final()
-        new = NewDocument(
+    ) -> StoredDocument:
+        intake = _Intake(key, stamp, collection)
+        self._intakes.append(intake)
+        try:
+            await self._embed(file, intake)
+            if not intake.row_ids:
+                raise UnreadableDocument("The document has no sentence that the model can read.", field="file")
+            # Or some of its sentences could have been embedded by another model than the others.
+            await self._models.check_current(key.model_name, key.recipe, InputType.DOCUMENT)
+            flight.make_final()
+            file_data = await asyncio.to_thread(file.read) if self._keeps_files else None
+            await self._finish(intake, self._describe(intake, intake.places(), file_data))
+            return await self._describe_stored(intake)
+        except Unavailable:
+            if intake.row_id is not None and not await self._store.is_being_written(intake.row_id):
+                raise NotFound(DELETED_MEANWHILE) from None
+            raise
+        finally:
+            self._intakes.remove(intake)
+
+    async def _describe_stored(self, intake: _Intake) -> StoredDocument:
+        assert intake.row_id is not None
+        document = await self._store.describe_document(intake.row_id)
+        if document is None:
+            raise Unavailable("The document was deleted while it was being stored. Submit it again.")
+        logger.info("Took in a document of %d sentences", document.n_sentences)
+        return document
+
+    def _describe(self, intake: _Intake, places: SentencePlaces, file_data: bytes | None) -> NewDocument:
+        key = intake.key
+        return NewDocument(
             filename=key.filename,
             mimetype=intake.mimetype,
             file_hash=key.file_hash,
-            file_data=await asyncio.to_thread(file.read) if self._keeps_files else None,
+            file_data=file_data,
             model_name=key.model_name,
             recipe=key.recipe,
             segmentation=key.segmentation,
-            places=intake.places(),
-            stamp=stamp,
+            places=places,
+            stamp=intake.stamp,
             response_time=utc_now(),
-            collection=collection,
+            collection=intake.collection,
         )
-        row_id = await self._store.add_document(new)
-        logger.info("Took in a document of %d bytes: %d sentences", file.size_in_bytes, len(intake.row_ids))
-        return row_id
+
+    async def _finish(self, intake: _Intake, new: NewDocument) -> None:
+        """Write down where the sentences stand, put them into the index, and let all of them show in one moment."""
+        assert intake.row_id is not None
+        strays = await self._store.write_sentences(intake.row_id, new.places, intake.stamp.request_time)
+        if strays.rows:
+            await self._embeddings.forget(strays.rows)
+        with self._embeddings.watch_deletions() as forgotten:
+            try:
+                async for row_ids in self._store.read_rows_to_show(intake.row_id):
+                    found_ids, vectors = await self._store.read_vectors_of_rows(row_ids)
+                    self._indexing.add(new.model_name, new.recipe, found_ids, vectors)
+                await self._store.publish_document(intake.row_id, new)
+            finally:
+                await self._indexing.remove([(new.model_name, new.recipe, row_id) for row_id in sorted(forgotten)])
+
+    @property
+    def row_ids_being_written(self) -> list[int]:
+        """The documents in the store that are being taken in now."""
+        return [intake.row_id for intake in self._intakes if intake.row_id is not None]
 
     async def _embed(self, file: DocumentFile, intake: _Intake) -> None:
         """Every sentence computed and stored, some chunks at a time; what was stored stays if this ends early."""
@@ -235,6 +281,8 @@ class DocumentService:
         """The file's sentences by chunks. The file's bytes are let go before the first."""
         document = await self.read(file, filename=intake.key.filename)
         intake.mimetype, intake.n_sentences = document.mimetype, len(document.sentences)
+        if document.sentences:
+            intake.row_id = await self._store.begin_document(self._describe(intake, NO_PLACES, None))
         self._tell(intake)
         for start in range(0, len(document.sentences), SENTENCES_PER_CHUNK):
             yield document.sentences[start : start + SENTENCES_PER_CHUNK]
@@ -243,9 +291,13 @@ class DocumentService:
         self, sentences: Sequence[Sentence], intake: _Intake, *, after: asyncio.Task[None] | None
     ) -> None:
         """Embed a chunk beside the one before it, and note its places after that one's."""
+        assert intake.row_id is not None
         fitting = await self._fit(sentences, intake.key.model_name)
         answers = await self._embeddings.get_or_compute_sentences(
-            [sentence.text for sentence in fitting], model_name=intake.key.model_name, stamp=intake.stamp
+            [sentence.text for sentence in fitting],
+            model_name=intake.key.model_name,
+            document_row_id=intake.row_id,
+            stamp=intake.stamp,
         )
         if after is not None:
             await asyncio.shield(after)

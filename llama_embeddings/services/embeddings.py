@@ -5,11 +5,15 @@ committed and indexed, in this order, before anybody gets the answer. A text lon
 truncation rule and is kept under a recipe of its own, so that a cut text's vector is never taken for the whole one's.
 
 A text is kept in the collection that it is asked for in; one that is known from elsewhere is put there as well, before
-anybody gets the answer. A query is in no collection, and no search finds it until it is asked for as a text.
+anybody gets the answer. What is asked for as a query is in no collection, whichever is named, and no search finds it
+until it is asked for as a text, from which moment on it counts as one. A search does not wait until its query is kept.
+A sentence is kept for a document, and found with it.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +33,7 @@ from embeddings_data_models import (
     recipe_family,
     utc_now,
 )
-from llama_embeddings.errors import ServiceError, Unavailable
+from llama_embeddings.errors import ServiceError, StoreUnusable, Unavailable
 from llama_embeddings.inference.engine import EmbeddingEngine, EngineResult, PreparedText
 from llama_embeddings.observability import TimedStore, note_engine
 from llama_embeddings.services.forgotten_rows import ForgottenRows
@@ -43,8 +47,10 @@ from llama_embeddings.storage.changes import CommittedRow
 from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.storage.writes import RemovedRow
 
-# In place of the id of a row that could not be written.
+# In place of the id of a row that is not written yet.
 _NO_ROW = 0
+# Those who list wait for queries that are being kept, but not until a locked database is given up.
+MAX_WAIT_FOR_QUERIES_SECONDS = 1.0
 
 
 class Source(StrEnum):
@@ -85,15 +91,19 @@ class _Task:
     recipe: Recipe
     truncation: Truncation
     stamp: RequestStamp
-    # See NewEmbedding.
-    collection: str | None
-    is_searchable: bool
+    # None for a query, and for a sentence of a document, which is the other.
+    collection: str | None = None
+    document_row_id: int | None = None
+    # Whether the answer says that the text is kept.
+    is_promised: bool = True
+
+    @property
+    def is_searchable(self) -> bool:
+        return self.collection is not None or self.document_row_id is not None
 
     def is_placed(self, embedding: StoredEmbedding) -> bool:
-        """Whether a known text is where this request wants it."""
-        if self.collection is not None:
-            return self.collection in embedding.collections
-        return embedding.is_searchable or not self.is_searchable
+        """Whether a known text is where this request wants it. Sentences are put there with their document."""
+        return self.collection is None or self.collection in embedding.collections
 
 
 # Text hash, model name, recipe family, truncation: the outcome of a long text depends on the last.
@@ -124,6 +134,8 @@ class EmbeddingService:
         self._default_truncation = default_truncation
         self._flights: SingleFlight[_FlightKey, _Outcome] = SingleFlight()
         self._forgotten = ForgottenRows()
+        # Queries that are just being kept; nobody waits for them but those who list or delete.
+        self._keeping: set[asyncio.Task[object]] = set()
         self.n_answers = dict.fromkeys(Source, 0)
 
     async def get_or_compute(
@@ -139,7 +151,8 @@ class EmbeddingService:
     ) -> list[EmbeddingAnswer]:
         """Embeddings of all texts, in order. Equal texts are looked up and computed once.
 
-        The texts are put into `collection`; None is for queries, which are kept in none.
+        The texts are put into `collection`, unless they are queries, which are in none. With None the vectors are
+        wanted for the moment: they are kept as queries are, if that can be done, and nobody waits for it.
         `field` is what errors call the texts' place: one name for a list, or one for each text.
 
         Raises the first text's error with its index, after the others have been computed and kept: InvalidInput,
@@ -151,20 +164,23 @@ class EmbeddingService:
             truncation or self._default_truncation,
             input_type,
             stamp,
-            collection,
-            is_searchable=collection is not None,
+            collection=None if input_type is InputType.QUERY else collection,
+            is_promised=collection is not None,
         )
         return await self._answer(texts, hashes, task, field)
 
     async def get_or_compute_sentences(
-        self, texts: Sequence[str], *, model_name: str, stamp: RequestStamp
+        self, texts: Sequence[str], *, model_name: str, document_row_id: int, stamp: RequestStamp
     ) -> list[EmbeddingAnswer]:
         """The same for parts of a document, which are bounded by the limits of documents, not of requests.
 
-        They are in the collections of the documents that hold them, and in none by themselves.
+        They are in the collections of the documents that hold them, and in none by themselves. No search finds them
+        before the document is there. Raises Unavailable if the document was deleted meanwhile, too.
         """
         hashes = [compute_text_hash(text) for text in texts]
-        task = await self._make_task(model_name, Truncation.REFUSE, InputType.DOCUMENT, stamp, None, is_searchable=True)
+        task = await self._make_task(
+            model_name, Truncation.REFUSE, InputType.DOCUMENT, stamp, document_row_id=document_row_id
+        )
         return await self._answer(texts, hashes, task, "file")
 
     async def _make_task(
@@ -173,13 +189,14 @@ class EmbeddingService:
         truncation: Truncation,
         input_type: InputType | None,
         stamp: RequestStamp | None,
-        collection: str | None,
         *,
-        is_searchable: bool,
+        collection: str | None = None,
+        document_row_id: int | None = None,
+        is_promised: bool = True,
     ) -> _Task:
         recipe = await self._models.recipe(model_name, input_type)
         name = self._models.resolve(model_name)
-        return _Task(name, recipe, truncation, stamp or RequestStamp(), collection, is_searchable)
+        return _Task(name, recipe, truncation, stamp or RequestStamp(), collection, document_row_id, is_promised)
 
     async def _answer(
         self, texts: Sequence[str], hashes: Sequence[str], task: _Task, field: str | Sequence[str]
@@ -207,38 +224,39 @@ class EmbeddingService:
         if missing:
             found = await self._flights.run(missing, lambda flight: self._fly(flight, texts, task))
             outcomes.update({key[0]: outcome for key, outcome in found.items()})
-        # Only now: whoever shared another's work may want its text elsewhere.
-        strangers = [
-            outcome.embedding
-            for outcome in outcomes.values()
-            if isinstance(outcome, EmbeddingAnswer) and not task.is_placed(outcome.embedding)
-        ]
-        if strangers:
-            gone = await self._place(strangers, task)
+        # Only now: whoever shared another's work may want its text elsewhere, or want it kept.
+        found_embeddings = [outcome.embedding for outcome in outcomes.values() if isinstance(outcome, EmbeddingAnswer)]
+        strangers = [embedding for embedding in found_embeddings if not task.is_placed(embedding)]
+        if strangers and task.collection is not None:
+            gone = await self._place(strangers, task, task.collection)
             if gone:
                 # Deleted meanwhile, or a query that could not be kept: looked for and kept like a new text.
                 outcomes |= await self._get_all({text_hash: texts[text_hash] for text_hash in gone}, task)
+        elif task.is_promised:
+            unkept = [embedding.text_hash for embedding in found_embeddings if embedding.row_id == _NO_ROW]
+            if unkept:
+                outcomes |= await self._get_all({text_hash: texts[text_hash] for text_hash in unkept}, task)
         return outcomes
 
-    async def _place(self, embeddings: Sequence[StoredEmbedding], task: _Task) -> list[str]:
+    async def _place(self, embeddings: Sequence[StoredEmbedding], task: _Task, collection: str) -> list[str]:
         """Put known texts into the collection that they are asked for in; what was a query only can be found now.
 
         Returns the hashes of those whose rows are gone.
         """
         with self._forgotten.watch() as forgotten:
             wanted = [embedding.row_id for embedding in embeddings]
-            row_ids_there = await self._store.place_embeddings(wanted, task.collection)
+            row_ids_there = await self._store.place_embeddings(wanted, collection, task.stamp.request_time)
             gone = [embedding for embedding in embeddings if embedding.row_id not in row_ids_there]
             self._memory.discard_rows({embedding.row_id for embedding in gone})
             embeddings = [embedding for embedding in embeddings if embedding.row_id in row_ids_there]
-            found_now = [embedding for embedding in embeddings if not embedding.is_searchable]
+            # Queries are in no index, nor are sentences of documents that are not there; others are left as they are.
+            found_now = [embedding for embedding in embeddings if not embedding.collections]
             if found_now:
                 row_ids = np.array([embedding.row_id for embedding in found_now], np.int64)
                 vectors = np.stack([embedding.vector for embedding in found_now])
                 self._indexing.add(task.model_name, task.recipe.family, row_ids, vectors)
-            added = frozenset() if task.collection is None else frozenset([task.collection])
             for embedding in embeddings:
-                placed = replace(embedding, collections=embedding.collections | added, is_searchable=True)
+                placed = replace(embedding, collections=embedding.collections | {collection}, is_searchable=True)
                 self._memory.replace((embedding.text_hash, task.model_name, task.recipe.family), placed)
             await self._clear_up(forgotten, task)
         return [embedding.text_hash for embedding in gone]
@@ -300,7 +318,7 @@ class EmbeddingService:
             if isinstance(result, EngineResult)
         ]
         flight.make_final()
-        kept = await self._keep(rows)
+        kept = await self._keep(rows) if task.is_promised else self._keep_later(rows, task)
         for text_hash, embedding in kept.items():
             result = results[text_hash]
             assert isinstance(result, EngineResult)
@@ -325,22 +343,36 @@ class EmbeddingService:
             response_time=utc_now(),
             collection=task.collection,
             is_searchable=task.is_searchable,
+            document_row_id=task.document_row_id,
         )
+
+    def _keep_later(self, rows: Sequence[NewEmbedding], task: _Task) -> dict[str, StoredEmbedding]:
+        """Let queries be kept for the next one to ask the same; a search goes on without waiting for that."""
+        if rows:
+            keeping = asyncio.create_task(self._keep_if_possible(rows, task))
+            self._keeping.add(keeping)
+            keeping.add_done_callback(self._keeping.discard)
+        return {row.text_hash: _describe_unkept(row) for row in rows}
+
+    async def _keep_if_possible(self, rows: Sequence[NewEmbedding], task: _Task) -> None:
+        with self._forgotten.watch() as forgotten, contextlib.suppress(Unavailable, StoreUnusable):
+            await self._keep(rows)
+            await self._clear_up(forgotten, task)
+
+    async def settle(self) -> None:
+        """Wait for the queries that are being kept now: who lists or deletes what is stored counts them in."""
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=MAX_WAIT_FOR_QUERIES_SECONDS)
 
     async def _keep(self, rows: Sequence[NewEmbedding]) -> dict[str, StoredEmbedding]:
         """Commit, index, remember."""
         if not rows:
             return {}
-        try:
-            with TimedStore():
-                row_ids = await self._store.add_embeddings(rows)
-        except Unavailable:
-            if rows[0].is_searchable:
-                raise
-            # A query is kept for the next one to ask the same; a search goes on without.
-            return {row.text_hash: _describe_unkept(row) for row in rows}
+        with TimedStore():
+            row_ids = await self._store.add_embeddings(rows)
         self._known.add(row.text_hash for row in rows)
-        if rows[0].is_searchable:
+        # Those of a collection; sentences are found with their document.
+        if rows[0].collection is not None:
             vectors = np.stack([row.vector for row in rows])
             self._indexing.add(rows[0].model_name, recipe_family(rows[0].recipe), np.array(row_ids, np.int64), vectors)
         collections = frozenset() if rows[0].collection is None else frozenset([rows[0].collection])
@@ -359,15 +391,22 @@ class EmbeddingService:
             kept[row.text_hash] = embedding
         return kept
 
+    def watch_deletions(self) -> contextlib.AbstractContextManager[set[int]]:
+        """A set of the row ids that are deleted while the context lasts, for those who put rows into the index."""
+        return self._forgotten.watch()
+
     async def forget(self, removed: Iterable[RemovedRow]) -> None:
         """Take deleted rows out of memory and index, also where they are just being put there."""
         rows = list(removed)
-        row_ids = {row_id for *_, row_id in rows}
+        self.discard({row_id for *_, row_id in rows})
+        await self._indexing.remove(rows)
+
+    def discard(self, row_ids: set[int]) -> None:
+        """Take deleted rows out of memory alone, where an index is told of many together."""
         self._forgotten.announce(row_ids)
         self._memory.discard_rows(row_ids)
         # Who asks from now on must not share work whose row may be among the deleted.
         self._flights.detach()
-        await self._indexing.remove(rows)
 
     async def take_over(self, read: Callable[[], Awaitable[Sequence[CommittedRow]]]) -> Sequence[CommittedRow]:
         """Let rows that another process committed be known and found; `read` brings them. Returns them.
@@ -397,6 +436,8 @@ class EmbeddingService:
     async def drain(self, *, timeout_seconds: float) -> None:
         """Wait until everything under way is committed; what takes longer is given up, unless it is being committed."""
         await self._flights.drain(timeout_seconds=timeout_seconds)
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=timeout_seconds)
 
 
 def _describe_unkept(row: NewEmbedding) -> StoredEmbedding:

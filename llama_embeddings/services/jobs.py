@@ -3,7 +3,8 @@
 A job is a row in the store and, until it is finished, a file in the spool directory that holds the document's bytes.
 Both are written before the job is accepted, so that it survives the end of the process, `kill -9` included; it then
 starts again, and finds the sentences that it has computed already in the store. Jobs are worked off in the order of
-their submission, some at a time, and share the work on one document with everybody else who asks for it.
+their submission, some at a time, and share the work on one document with everybody else who asks for it. A job that
+failed or was cancelled leaves its sentences, which no search finds, for the next attempt; they go with the job.
 
 Knows no HTTP. Only one process may work off the jobs of a database: the server does, the commands do not.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,6 +34,7 @@ from embeddings_data_models import (
     utc_now,
 )
 from llama_embeddings.errors import (
+    InvalidInput,
     NotFound,
     Overloaded,
     ResultNotAvailable,
@@ -43,6 +47,7 @@ from llama_embeddings.services.document_files import DocumentFile
 from llama_embeddings.services.documents import DocumentAnswer, DocumentService
 from llama_embeddings.services.models import ModelService
 from llama_embeddings.services.progress import Progress
+from llama_embeddings.services.removals import DocumentRemovals
 from llama_embeddings.storage.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -55,6 +60,11 @@ MAX_PAUSE_SECONDS = 30.0
 MIN_EVENT_INTERVAL_SECONDS = 0.25
 MAX_EVENT_INTERVAL_SECONDS = 15.0
 SPOOL_MODE = 0o700
+# Each submission makes room for others; a day's jobs at once would keep it waiting.
+MAX_FORGOTTEN_AT_A_TIME = 1_000
+
+# Where a job stands in a listing: when it was submitted, and its id.
+_Place = tuple[datetime, str]
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +102,7 @@ class JobService:
         store: EmbeddingStore,
         models: ModelService,
         documents: DocumentService,
+        removals: DocumentRemovals,
         *,
         spool_directory: Path,
         max_waiting: int,
@@ -100,10 +111,15 @@ class JobService:
         self._store = store
         self._models = models
         self._documents = documents
+        self._removals = removals
         self._spool_directory = spool_directory
         self._max_waiting = max_waiting
         self._keep_finished = keep_finished
         self._jobs: dict[str, _Job] = {}
+        # There may be a hundred thousand finished ones: whatever is done for a request goes through few of them.
+        self._places: list[_Place] = []
+        self._unfinished: dict[str, _Job] = {}
+        self._finished: deque[_Job] = deque()
         self._n_arriving = 0
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
         self._workers: list[asyncio.Task[None]] = []
@@ -115,25 +131,32 @@ class JobService:
         """Take up the jobs that an earlier process left, oldest first, and begin to work."""
         await asyncio.to_thread(self._spool_directory.mkdir, mode=SPOOL_MODE, parents=True, exist_ok=True)
         for record in await self._store.list_jobs():
-            job = self._jobs[record.id] = _Job(record)
-            if not record.state.is_final:
-                self._waiting.put_nowait(job)
+            self._take_up(_Job(record))
+        self._finished = deque(sorted(self._finished, key=_finished_at))
         await asyncio.to_thread(self._remove_stray_files)
         if self._waiting.qsize():
             logger.info("Going on with %d jobs that were not finished", self._waiting.qsize())
         self._workers = [asyncio.create_task(self._work(), name=f"job-worker-{i}") for i in range(N_RUNNING_JOBS)]
 
+    def _take_up(self, job: _Job) -> None:
+        self._jobs[job.record.id] = job
+        insort(self._places, _place(job.record))
+        if job.record.state.is_final:
+            self._finished.append(job)
+        else:
+            self._unfinished[job.record.id] = job
+            self._waiting.put_nowait(job)
+
     def _remove_stray_files(self) -> None:
         """Files of jobs that are finished or were never accepted: the process ended between the two steps."""
-        wanted = {job_id for job_id, job in self._jobs.items() if not job.record.state.is_final}
         for path in self._spool_directory.iterdir():
-            if path.name not in wanted:
+            if path.name not in self._unfinished:
                 path.unlink()
 
     async def stop(self) -> None:
         """Stop working; what is not finished is gone on with after the next start."""
         self._is_stopping = True
-        tasks = [*self._workers, *(job.task for job in self._jobs.values() if job.task is not None)]
+        tasks = [*self._workers, *(job.task for job in self._unfinished.values() if job.task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -164,15 +187,15 @@ class JobService:
                 uuid4().hex, JobState.WAITING, filename, name, collection, file.size_in_bytes, stamp or RequestStamp()
             )
             await self._keep_new(record, file)
-            job = self._jobs[record.id] = _Job(record)
-            self._waiting.put_nowait(job)
+            job = _Job(record)
+            self._take_up(job)
         logger.info("Accepted job %s: a document of %d bytes", record.id, record.size_in_bytes)
         return _describe(job)
 
     @contextlib.contextmanager
     def _arriving(self) -> Iterator[None]:
         """Count a job that is being written down among those that wait. Raises Overloaded if they are too many."""
-        waiting = [job for job in self._jobs.values() if job.record.state is JobState.WAITING]
+        waiting = [job for job in self._unfinished.values() if job.record.state is JobState.WAITING]
         if len(waiting) + self._n_arriving >= self._max_waiting:
             raise Overloaded(
                 f"{len(waiting)} jobs are waiting already (MAX_WAITING_JOBS). Submit the document again later.",
@@ -186,7 +209,8 @@ class JobService:
 
     def _estimate_wait(self) -> float:
         """Until the first of the running jobs is done, which makes room."""
-        left = [job.progress.seconds_left for job in self._jobs.values() if job.record.state is JobState.RUNNING]
+        running = [job for job in self._unfinished.values() if job.record.state is JobState.RUNNING]
+        left = [job.progress.seconds_left for job in running]
         return min((seconds for seconds in left if seconds is not None), default=MAX_PAUSE_SECONDS)
 
     async def _keep_new(self, record: DocumentJob, file: DocumentFile) -> None:
@@ -200,10 +224,16 @@ class JobService:
             path.unlink(missing_ok=True)
             raise
 
-    def list_all(self) -> list[JobDescription]:
-        """All jobs, oldest first. Raises ReadOnlyReplica where another server has them."""
+    def list_page(self, limit: int, after: str | None = None) -> tuple[list[JobDescription], str | None]:
+        """Jobs, oldest first, from where an earlier page ended; and where this one ends, if more follow.
+
+        Raises InvalidInput for what is not the end of a page, ReadOnlyReplica where another server has the jobs.
+        """
         self._store.require_writer()
-        return [_describe(job) for job in self._jobs.values()]
+        first = bisect_right(self._places, _read_cursor(after)) if after is not None else 0
+        places = self._places[first : first + limit]
+        has_more = first + limit < len(self._places)
+        return [_describe(self._jobs[job_id]) for _, job_id in places], _write_cursor(places[-1]) if has_more else None
 
     def get(self, job_id: str) -> JobDescription:
         """How far a job is. Raises NotFound."""
@@ -235,10 +265,18 @@ class JobService:
         return document
 
     async def cancel(self, job_id: str) -> JobDescription:
-        """End a job, or forget it if it has ended already; what it computed stays. Raises NotFound."""
+        """End a job, or forget it if it has ended already. Raises NotFound.
+
+        A document that is there stays. What a job computed that did not come to its end goes with it.
+        """
         job = self._find(job_id)
-        if job.record.state.is_final:
-            await self._forget(job)
+        record = job.record
+        if record.state.is_final:
+            await self._forget([job])
+            if record.state is not JobState.DONE:
+                await self._removals.delete_unfinished(
+                    record.filename, model_name=record.model_name, collection=record.collection
+                )
         else:
             await self._end(job, replace(job.record, state=JobState.CANCELLED, response_time=utc_now()))
             if job.task is not None:
@@ -305,18 +343,28 @@ class JobService:
                 logger.warning("Job %s ended, which cannot be written down yet: %s", record.id, error.message)
                 await asyncio.sleep(_choose_pause(error))
         await asyncio.to_thread(self._spool_path(record.id).unlink, missing_ok=True)
+        if self._unfinished.pop(record.id, None) is not None:
+            self._finished.append(job)
         job.notify()
         logger.info("Job %s: %s", record.id, record.state)
 
     async def _forget_expired(self) -> None:
         oldest = utc_now() - self._keep_finished
-        for job in [*self._jobs.values()]:
-            if job.record.response_time is not None and job.record.response_time < oldest:
-                await self._forget(job)
+        expired: list[_Job] = []
+        while self._finished and _finished_at(self._finished[0]) < oldest and len(expired) < MAX_FORGOTTEN_AT_A_TIME:
+            expired.append(self._finished.popleft())
+        try:
+            await self._forget([job for job in expired if job.record.id in self._jobs])
+        except ServiceError:
+            self._finished.extendleft(reversed(expired))
+            raise
 
-    async def _forget(self, job: _Job) -> None:
-        await self._store.delete_job(job.record.id)
-        self._jobs.pop(job.record.id, None)
+    async def _forget(self, jobs: list[_Job]) -> None:
+        if jobs:
+            await self._store.delete_jobs([job.record.id for job in jobs])
+        for job in jobs:
+            if self._jobs.pop(job.record.id, None) is not None:
+                del self._places[bisect_right(self._places, _place(job.record)) - 1]
 
     def _spool_path(self, job_id: str) -> Path:
         return self._spool_directory / job_id
@@ -325,6 +373,27 @@ class JobService:
 def _choose_pause(obstacle: ServiceError) -> float:
     seconds = obstacle.retry_after_seconds if isinstance(obstacle, Unavailable) else MAX_PAUSE_SECONDS
     return min(seconds, MAX_PAUSE_SECONDS)
+
+
+def _place(record: DocumentJob) -> _Place:
+    return record.stamp.request_time, record.id
+
+
+def _finished_at(job: _Job) -> datetime:
+    return job.record.response_time or job.record.stamp.request_time
+
+
+def _write_cursor(place: _Place) -> str:
+    return f"{place[0].isoformat()}/{place[1]}"
+
+
+def _read_cursor(cursor: str) -> _Place:
+    moment, _, job_id = cursor.partition("/")
+    try:
+        return datetime.fromisoformat(moment).astimezone(UTC), job_id
+    except (ValueError, OverflowError):
+        message = "This is not where a listing of jobs ended. Send the `next_cursor` of an earlier reply."
+        raise InvalidInput(message, field="cursor") from None
 
 
 def _open_spooled(path: Path) -> DocumentFile:

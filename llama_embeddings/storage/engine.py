@@ -351,16 +351,25 @@ def _render_insert(insert: PlainInsert, n_rows: int) -> str:
     return f"INSERT INTO {target} VALUES {', '.join([places] * n_rows)} ON CONFLICT DO NOTHING"  # noqa: S608
 
 
-def fetch_by_ids(connection: Connection, columns: str, table: str, row_ids: Sequence[int]) -> Sequence[Any]:
+def fetch_by_ids(
+    connection: Connection, columns: str, table: str, row_ids: Sequence[int], condition: str = "TRUE"
+) -> Sequence[Any]:
     """Rows by their ids, past SQLAlchemy's lists: making one of 200 parameters takes ten times as long as the reading.
 
-    `columns` and `table` are the program's own words, never a caller's.
+    `columns`, `table` and `condition` are the program's own words, never a caller's.
     """
     # In ascending order, neighbours are found on the same page.
     wanted = tuple(sorted(row_ids))
     places = ",".join("?" * len(wanted))
-    statement = f"SELECT {columns} FROM {table} WHERE id IN ({places})"  # noqa: S608 - see above
+    statement = f"SELECT {columns} FROM {table} WHERE id IN ({places}) AND {condition}"  # noqa: S608 - see above
     return connection.exec_driver_sql(statement, wanted).all()
+
+
+def update_by_ids(connection: Connection, table: str, column: str, value: int, row_ids: Sequence[int]) -> None:
+    """Set a column of many rows to one value, past SQLAlchemy for the same reason."""
+    places = ",".join("?" * len(row_ids))
+    statement = f"UPDATE {table} SET {column} = ? WHERE id IN ({places})"  # noqa: S608 - see above
+    connection.exec_driver_sql(statement, (value, *row_ids))
 
 
 def insert_or_overwrite(table: Table) -> Insert:

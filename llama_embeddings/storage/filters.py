@@ -14,18 +14,20 @@ from datetime import UTC, datetime
 from itertools import pairwise
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, exists, func, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, exists, func, literal, not_, or_, select
 
-from embeddings_data_models import HELD_BY_DOCUMENTS, RECIPE_RULE_SEPARATOR, StoredCollection
+from embeddings_data_models import HELD_BY_DOCUMENTS, RECIPE_RULE_SEPARATOR
+from llama_embeddings.storage.engine import MAX_LIST_LENGTH, fetch_by_ids
 from llama_embeddings.storage.statements import (
-    COUNT_DOCUMENTS_BY_COLLECTION,
-    READ_COLLECTIONS,
+    HAS_HIDDEN_DOCUMENTS,
+    HIDDEN_ROW_IDS,
+    SHOWS_AS_TEXT,
     collections,
     document_collections,
     documents,
     embedding_collections,
     embeddings,
-    select_members,
+    has_a_version_that_is_there,
     select_sentences,
 )
 
@@ -35,7 +37,7 @@ _NEXT_RECIPE = select(func.min(embeddings.c.recipe)).where(
     embeddings.c.recipe < bindparam("before"),
 )
 _COLLECTION_ID = select(collections.c.id).where(collections.c.name == bindparam("name"))
-_ALL_COLLECTION_IDS = select(collections.c.id)
+_ALL_COLLECTION_IDS = select(collections.c.id).union_all(select(literal(HELD_BY_DOCUMENTS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class RowFilter:
     """Searchable rows of a model under families of recipes that meet every condition given.
 
     `filename`: standing in a document of this name, one that is in `collection` if that is given, too. `since` and
-    `until`: first asked for at or after, and before, this time.
+    `until`: first asked for as a text at or after, and before, this time.
     """
 
     model_name: str
@@ -115,13 +117,29 @@ def _select_of_documents(wanted: RowFilter, of_recipes: ColumnElement[bool]) -> 
 
 def _find_dated(connection: Connection, wanted: RowFilter, of_recipes: ColumnElement[bool]) -> np.ndarray:
     # Naming the collections lets each be entered at the date, as the index has the date behind them.
-    ids = [HELD_BY_DOCUMENTS, *connection.execute(_ALL_COLLECTION_IDS).scalars()]
-    statement = select(embeddings.c.id).where(of_recipes, embeddings.c.collection_id.in_(ids))
+    statement = select(embeddings.c.id).where(of_recipes, embeddings.c.collection_id.in_(_ALL_COLLECTION_IDS))
     if wanted.since is not None:
         statement = statement.where(embeddings.c.request_time >= _without_zone(wanted.since))
     if wanted.until is not None:
         statement = statement.where(embeddings.c.request_time < _without_zone(wanted.until))
-    return _read_ids(connection, statement)
+    found = _read_ids(connection, statement)
+    if has_hidden_documents(connection):
+        found = np.setdiff1d(found, _read_ids(connection, HIDDEN_ROW_IDS), assume_unique=True)
+    return found
+
+
+def has_hidden_documents(connection: Connection) -> bool:
+    """Whether there are documents that do not show, so that rows have to be asked about; a step in an index."""
+    return bool(connection.execute(HAS_HIDDEN_DOCUMENTS).scalar_one())
+
+
+def do_show(connection: Connection, row_ids: np.ndarray) -> np.ndarray:
+    """Which rows show: bool (n,)."""
+    found: list[int] = []
+    for start in range(0, len(row_ids), MAX_LIST_LENGTH):
+        part = row_ids[start : start + MAX_LIST_LENGTH].tolist()
+        found.extend(row_id for (row_id,) in fetch_by_ids(connection, "id", "embeddings", part, SHOWS_AS_TEXT))
+    return np.isin(row_ids, np.array(found, np.int64))
 
 
 def holds_everything(connection: Connection, model_name: str, families: tuple[str, ...], collection: str) -> bool:
@@ -139,7 +157,11 @@ def holds_everything(connection: Connection, model_name: str, families: tuple[st
     its_documents = select(document_collections.c.document_id).where(
         document_collections.c.collection_id == collection_id
     )
-    elsewhere.append(exists().where(documents.c.model_name == model_name, documents.c.id.not_in(its_documents)))
+    elsewhere.append(
+        exists().where(
+            documents.c.model_name == model_name, documents.c.id.not_in(its_documents), has_a_version_that_is_there()
+        )
+    )
     return bool(connection.execute(select(not_(or_(*elsewhere)))).scalar_one())
 
 
@@ -162,19 +184,6 @@ def are_of(connection: Connection, row_ids: np.ndarray, model_name: str, familie
         embeddings.c.id.in_(row_ids.tolist()), embeddings.c.model_name == model_name, embeddings.c.recipe.in_(recipes)
     )
     return np.isin(row_ids, np.fromiter(connection.execute(statement).scalars(), np.int64))
-
-
-def list_collections(connection: Connection) -> list[StoredCollection]:
-    """All collections, oldest first."""
-    n_documents: dict[int, int] = dict(connection.execute(COUNT_DOCUMENTS_BY_COLLECTION).all())
-    return [
-        StoredCollection(name, _count_members(connection, name), n_documents.get(collection_id, 0))
-        for collection_id, name in connection.execute(READ_COLLECTIONS)
-    ]
-
-
-def _count_members(connection: Connection, name: str) -> int:
-    return connection.execute(select(func.count()).select_from(select_members(name).subquery())).scalar_one()
 
 
 def _read_ids(connection: Connection, statement: Select[tuple[int]]) -> np.ndarray:

@@ -356,6 +356,38 @@ ROW_CHANGES = Migration(
     ),
 )
 
+# Sentences without a document are those of documents that never came to their end. They are put together in one that
+# does not show, so that they are found by no search and removed with it.
+DOCUMENTS_COME_AND_GO_AS_A_WHOLE = Migration(
+    version=8,
+    description="documents that come and go as a whole, collections that can be deleted",
+    statements=(
+        "ALTER TABLE document_embeddings ADD COLUMN state INTEGER DEFAULT 1 NOT NULL",
+        "CREATE INDEX ix_document_embeddings_state ON document_embeddings (state) WHERE state != 1",
+        """
+        INSERT INTO documents (filename, mimetype, model_name, document_hash)
+        SELECT '', '', '', ''
+        WHERE EXISTS (SELECT 1 FROM embeddings WHERE collection_id = 0 AND document_id IS NULL)
+        """,
+        """
+        INSERT INTO document_embeddings (
+            document_id, filename, mimetype, file_hash, model_name, recipe, segmentation, n_sentences,
+            response_time, state
+        )
+        SELECT id, '', '', '', '', '', '', 0, strftime('%Y-%m-%d %H:%M:%f000', 'now'), 0
+        FROM documents WHERE filename = '' AND document_hash = ''
+        """,
+        """
+        UPDATE embeddings SET document_id = (SELECT id FROM document_embeddings WHERE filename = '' AND file_hash = '')
+        WHERE collection_id = 0 AND document_id IS NULL
+        """,
+        "CREATE INDEX ix_embeddings_collection_id ON embeddings (collection_id) WHERE collection_id > 1",
+        "CREATE TABLE collection_numbers (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT)",
+        "INSERT INTO collection_numbers SELECT max(id) FROM collections",
+        "DELETE FROM collection_numbers",
+    ),
+)
+
 MIGRATIONS: tuple[Migration, ...] = (
     INITIAL_SCHEMA,
     COLLECTIONS_AND_FULL_TEXT,
@@ -364,6 +396,7 @@ MIGRATIONS: tuple[Migration, ...] = (
     FULL_TEXT_ANEW,
     SNAPSHOT_NUMBERS,
     ROW_CHANGES,
+    DOCUMENTS_COME_AND_GO_AS_A_WHOLE,
 )
 
 

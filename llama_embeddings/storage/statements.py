@@ -6,6 +6,8 @@ as plain bytes. Nothing here runs anything.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import datetime
 from typing import cast
 
 from sqlalchemy import (
@@ -15,12 +17,15 @@ from sqlalchemy import (
     Select,
     Table,
     TextClause,
+    and_,
     bindparam,
     delete,
     exists,
     func,
     literal,
+    literal_column,
     null,
+    or_,
     select,
     text,
     type_coerce,
@@ -32,14 +37,17 @@ from sqlalchemy.sql.elements import ColumnElement
 from embeddings_data_models import (
     HELD_BY_DOCUMENTS,
     Collection,
+    CollectionNumber,
     Document,
     DocumentCollection,
     DocumentEmbedding,
     DocumentJobRow,
     DocumentSentence,
+    DocumentState,
     EmbeddingCollection,
     FullTextProgress,
     IndexSnapshot,
+    JobState,
     RowChange,
     TextEmbedding,
     TokenLevelEmbedding,
@@ -49,6 +57,7 @@ from embeddings_data_models import (
 from llama_embeddings.storage.engine import PlainInsert, insert_or_overwrite, insert_unless_present
 
 collections = cast(Table, Collection.__table__)
+collection_numbers = cast(Table, CollectionNumber.__table__)
 embeddings = cast(Table, TextEmbedding.__table__)
 embedding_collections = cast(Table, EmbeddingCollection.__table__)
 document_collections = cast(Table, DocumentCollection.__table__)
@@ -95,11 +104,67 @@ _REQUEST_COLUMNS = ("ip_address", "request_time", "response_time", "total_time")
 
 _IS_WANTED_RECIPE = (embeddings.c.model_name == bindparam("model_name"), embeddings.c.recipe == bindparam("recipe"))
 
+# --- what shows ---
+# A text shows if it was asked for as one, or stands in a document that is there. Large documents are written and
+# removed by parts; one column says whether they are there.
+
+_IS_THERE = document_embeddings.c.state == DocumentState.THERE
+# With the number in it, so that the index of these is used.
+_IS_NOT_THERE = document_embeddings.c.state != literal_column(f"{DocumentState.THERE:d}")
+
+_STANDS_IN_A_DOCUMENT = (
+    select(literal(1))
+    .select_from(document_sentences)
+    .join(document_embeddings, document_embeddings.c.id == document_sentences.c.document_embedding_id)
+    .where(document_sentences.c.embedding_id == embeddings.c.id, _IS_THERE)
+    .correlate(embeddings)
+    .exists()
+)
+
+
+def has_a_version_that_is_there() -> ColumnElement[bool]:
+    """Of a row of `documents`."""
+    return exists().where(document_embeddings.c.document_id == documents.c.id, _IS_THERE)
+
+
+HAS_HIDDEN_DOCUMENTS = select(exists().where(_IS_NOT_THERE))
+
+# Rows that only documents hold which are not there. Those of documents that are there are not looked at.
+HIDDEN_ROW_IDS = select(embeddings.c.id).where(
+    embeddings.c.document_id.in_(select(document_embeddings.c.id).where(_IS_NOT_THERE)),
+    embeddings.c.collection_id == HELD_BY_DOCUMENTS,
+    ~_STANDS_IN_A_DOCUMENT,
+)
+
+# The same for `fetch_by_ids`.
+SHOWS_AS_TEXT = f"""(
+    collection_id > {HELD_BY_DOCUMENTS} OR collection_id = {HELD_BY_DOCUMENTS} AND EXISTS (
+        SELECT 1 FROM document_sentences
+        JOIN document_embeddings ON document_embeddings.id = document_sentences.document_embedding_id
+        WHERE document_sentences.embedding_id = embeddings.id AND document_embeddings.state = {DocumentState.THERE:d}
+    )
+)"""  # noqa: S608 - the program's own words
+
 # --- collections ---
 
 FIND_COLLECTION_ID = select(collections.c.id).where(collections.c.name == bindparam("name"))
 INSERT_COLLECTION = insert_unless_present(collections)
-READ_COLLECTIONS = select(collections.c.id, collections.c.name).order_by(collections.c.id)
+READ_COLLECTION_NAMES = select(collections.c.id, collections.c.name).where(
+    _is_any_of(collections.c.id, "collection_ids")
+)
+TAKE_COLLECTION_NUMBER = collection_numbers.insert()
+CLEAR_COLLECTION_NUMBERS = delete(collection_numbers)
+DELETE_COLLECTION = delete(collections).where(collections.c.id == bindparam("collection_id_to_delete"))
+# The second condition lets the index that holds named collections only be used.
+IS_COLLECTION_IN_USE = select(
+    or_(
+        exists().where(
+            embeddings.c.collection_id == bindparam("collection_id"), embeddings.c.collection_id > literal_column("1")
+        ),
+        exists().where(embedding_collections.c.collection_id == bindparam("collection_id")),
+        exists().where(document_collections.c.collection_id == bindparam("collection_id")),
+    )
+)
 
 INSERT_EMBEDDING_COLLECTIONS = insert_unless_present(embedding_collections)
 INSERT_DOCUMENT_COLLECTION = insert_unless_present(document_collections)
@@ -108,6 +173,13 @@ SET_COLLECTION = (
     update(embeddings)
     .where(embeddings.c.id == bindparam("row_id"))
     .values(collection_id=bindparam("new_collection_id"))
+)
+
+# A row of what was not a text before: dates are asked for by the moment from which it is one.
+SET_COLLECTION_AND_TIME = (
+    update(embeddings)
+    .where(embeddings.c.id == bindparam("row_id"))
+    .values(collection_id=bindparam("new_collection_id"), request_time=bindparam("new_request_time"))
 )
 
 FIND_COLLECTION_IDS_OF_ROWS = select(embeddings.c.id, embeddings.c.collection_id).where(
@@ -119,10 +191,6 @@ FIND_COLLECTIONS_OF_DOCUMENT = (
     .join(document_collections, document_collections.c.collection_id == collections.c.id)
     .join(document_embeddings, document_embeddings.c.document_id == document_collections.c.document_id)
     .where(document_embeddings.c.id == bindparam("document_embedding_id"))
-)
-
-COUNT_DOCUMENTS_BY_COLLECTION = select(document_collections.c.collection_id, func.count()).group_by(
-    document_collections.c.collection_id
 )
 
 # --- embeddings ---
@@ -159,13 +227,12 @@ INSERT_EMBEDDING = PlainInsert.into(
     "n_tokens_dropped",
     "collection_id",
     *_REQUEST_COLUMNS,
+    "document_id",
 )
 
 READ_DIGITS_OF_TEXT_HASHES = _make_read_digits(embeddings, "text_hash")
 
 FIND_TEXTS_OF_ROWS = select(embeddings.c.id, embeddings.c.text).where(_is_any_of(embeddings.c.id, "row_ids"))
-
-COUNT_ROWS_PRESENT = select(func.count()).select_from(embeddings).where(_is_any_of(embeddings.c.id, "row_ids"))
 
 COUNT_BY_GROUP = (
     select(embeddings.c.model_name, embeddings.c.recipe, func.count())
@@ -212,6 +279,7 @@ READ_UNSEARCHABLE_ROW_IDS = text("""
     SELECT coalesce(group_concat(id), '') FROM embeddings
     WHERE model_name = :model_name AND recipe = :recipe AND collection_id IS NULL AND +id BETWEEN :first AND :last
 """)
+READ_HIDDEN_ROW_IDS = select(func.coalesce(func.group_concat(HIDDEN_ROW_IDS.subquery().c.id), ""))
 
 READ_VECTORS_OF_ROWS = select(embeddings.c.id, _as_bytes(embeddings.c.embedding)).where(
     _is_any_of(embeddings.c.id, "row_ids")
@@ -236,24 +304,30 @@ READ_FULL_TEXT_POSITION = select(
 COUNT_ROWS = select(
     select(func.count()).select_from(embeddings).scalar_subquery(),
     select(func.count()).select_from(bundles).scalar_subquery(),
-    select(func.count()).select_from(documents).scalar_subquery(),
+    select(func.count()).select_from(documents).where(has_a_version_that_is_there()).scalar_subquery(),
 )
 
 
 def list_texts(
-    model_name: str | None, limit: int | None, offset: int, collection: str | None = None
-) -> Select[tuple[str]]:
-    """Each distinct text once, in the order in which it came first."""
+    model_name: str | None, limit: int | None, offset: int, collection: str | None = None, after_row_id: int = 0
+) -> Select[int, str]:
+    """Row ids and texts: each distinct text once, in the order in which it came first, behind a row."""
     # The first row of each text is found in an index alone; texts are then read only for the part asked for.
-    first_rows = select(func.min(embeddings.c.id).label("id")).group_by(embeddings.c.text_hash)
+    first_rows = (
+        select(func.min(embeddings.c.id).label("id"))
+        .where(embeddings.c.id.not_in(HIDDEN_ROW_IDS.correlate(None)))
+        .group_by(embeddings.c.text_hash)
+    )
     if model_name is not None:
         # An expression, so that the unique index is read from end to end. It has all that is needed; the index on
         # the model's name would fetch the hash of every row from the table, which takes five times as long.
         first_rows = first_rows.where(embeddings.c.model_name + literal("") == model_name)
     if collection is not None:
         first_rows = first_rows.where(embeddings.c.id.in_(select_members(collection)))
+    if after_row_id:
+        first_rows = first_rows.having(func.min(embeddings.c.id) > after_row_id)
     part = first_rows.order_by(func.min(embeddings.c.id)).limit(limit).offset(offset).subquery()
-    return select(embeddings.c.text).join(part, part.c.id == embeddings.c.id).order_by(embeddings.c.id)
+    return select(embeddings.c.id, embeddings.c.text).join(part, part.c.id == embeddings.c.id).order_by(embeddings.c.id)
 
 
 # SQLite's own table: ids of AUTOINCREMENT keys are never given twice.
@@ -425,7 +499,7 @@ _IS_WANTED_DOCUMENT_EMBEDDING = (
     document_embeddings.c.filename == bindparam("filename"),
 )
 
-FIND_DOCUMENT_EMBEDDING = select(document_embeddings.c.id).where(*_IS_WANTED_DOCUMENT_EMBEDDING)
+FIND_DOCUMENT_EMBEDDING = select(document_embeddings.c.id).where(*_IS_WANTED_DOCUMENT_EMBEDDING, _IS_THERE)
 
 _SENTENCES_OF_DOCUMENT = document_sentences.c.document_embedding_id == document_embeddings.c.id
 
@@ -443,7 +517,7 @@ DESCRIBE_DOCUMENT_EMBEDDING = select(
     .where(_SENTENCES_OF_DOCUMENT, document_sentences.c.position == 0)
     .correlate(document_embeddings)
     .scalar_subquery(),
-).where(document_embeddings.c.id == bindparam("document_embedding_id"))
+).where(document_embeddings.c.id == bindparam("document_embedding_id"), _IS_THERE)
 
 _IS_PART_OF_DOCUMENT = (
     document_sentences.c.document_embedding_id == bindparam("document_embedding_id"),
@@ -478,25 +552,128 @@ FIND_DOCUMENT_ID = select(documents.c.id).where(
 )
 
 INSERT_DOCUMENT = insert_unless_present(documents)
-INSERT_DOCUMENT_EMBEDDING = insert_unless_present(document_embeddings)
-INSERT_SENTENCES = document_sentences.insert()
+INSERT_DOCUMENT_EMBEDDING = document_embeddings.insert()
 
-DELETE_SENTENCES = delete(document_sentences).where(
-    document_sentences.c.document_embedding_id == bindparam("old_document_embedding_id")
+# --- documents being written ---
+
+FIND_DOCUMENT_EMBEDDING_IN_ANY_STATE = select(document_embeddings.c.id, document_embeddings.c.state).where(
+    *_IS_WANTED_DOCUMENT_EMBEDDING
 )
-
-# A row notes the first document that holds it.
-CLAIM_SENTENCES = (
+READ_DOCUMENT_STATE = select(document_embeddings.c.state).where(
+    document_embeddings.c.id == bindparam("document_embedding_id")
+)
+FIND_DOCUMENTS_TO_WRITE_FOR = select(document_embeddings.c.id).where(
+    _is_any_of(document_embeddings.c.id, "document_embedding_ids"),
+    document_embeddings.c.state != DocumentState.BEING_REMOVED,
+)
+TOUCH_DOCUMENT_EMBEDDING = (
+    update(document_embeddings)
+    .where(document_embeddings.c.id == bindparam("touched_id"))
+    .values(response_time=bindparam("moment"))
+)
+# What an earlier attempt wrote at the same place is overwritten.
+PUT_SENTENCE = insert_or_overwrite(document_sentences)
+CLAIM_SENTENCE = (
     update(embeddings)
-    .where(
-        embeddings.c.document_id.is_(null()),
-        embeddings.c.id.in_(
-            select(document_sentences.c.embedding_id).where(
-                document_sentences.c.document_embedding_id == bindparam("holder_id")
-            )
-        ),
+    .where(embeddings.c.id == bindparam("claimed_row_id"))
+    .values(document_id=bindparam("claiming_document_id"))
+)
+DELETE_SENTENCES_BEYOND = delete(document_sentences).where(
+    document_sentences.c.document_embedding_id == bindparam("shortened_id"),
+    document_sentences.c.position >= bindparam("n_sentences_kept"),
+)
+COUNT_SENTENCES = select(func.count()).where(
+    document_sentences.c.document_embedding_id == bindparam("document_embedding_id")
+)
+PUBLISH_DOCUMENT_EMBEDDING = (
+    update(document_embeddings)
+    .where(document_embeddings.c.id == bindparam("published_id"))
+    .values(
+        state=DocumentState.THERE,
+        n_sentences=bindparam("final_n_sentences"),
+        file_data=bindparam("final_file_data"),
+        response_time=bindparam("final_response_time"),
+        total_time=bindparam("final_total_time"),
     )
-    .values(document_id=bindparam("holder_id"))
+)
+# Rows of a document that no search finds yet, after a position; those that others show are in the index already.
+READ_ROWS_TO_SHOW = text(f"""
+    SELECT coalesce(max(position), -1), coalesce(group_concat(id), '')
+    FROM (
+        SELECT sentence.position AS position, CASE WHEN embeddings.collection_id = {HELD_BY_DOCUMENTS} AND NOT EXISTS (
+            SELECT 1 FROM document_sentences AS other
+            JOIN document_embeddings ON document_embeddings.id = other.document_embedding_id
+            WHERE other.embedding_id = embeddings.id AND document_embeddings.state = {DocumentState.THERE:d}
+        ) THEN embeddings.id END AS id
+        FROM document_sentences AS sentence
+        JOIN embeddings ON embeddings.id = sentence.embedding_id
+        WHERE sentence.document_embedding_id = :document_embedding_id AND sentence.position > :after_position
+        ORDER BY sentence.position
+        LIMIT :limit
+    ) AS page
+""")  # noqa: S608 - the program's own words
+
+# --- documents being removed ---
+
+HIDE_DOCUMENTS = (
+    update(document_embeddings)
+    .where(_is_any_of(document_embeddings.c.document_id, "document_ids"))
+    .values(state=DocumentState.BEING_REMOVED)
+)
+HIDE_DOCUMENT_EMBEDDINGS = (
+    update(document_embeddings)
+    .where(_is_any_of(document_embeddings.c.id, "document_embedding_ids"))
+    .values(state=DocumentState.BEING_REMOVED)
+)
+FIND_DOCUMENTS_BEING_REMOVED = select(document_embeddings.c.id).where(
+    _IS_NOT_THERE, document_embeddings.c.state == DocumentState.BEING_REMOVED
+)
+# A row notes the first document that holds it: that one's removal looks whether others do.
+FIND_ROWS_OF_DOCUMENT = (
+    select(
+        embeddings.c.id,
+        embeddings.c.collection_id,
+        select(func.min(document_sentences.c.document_embedding_id))
+        .where(
+            document_sentences.c.embedding_id == embeddings.c.id,
+            document_sentences.c.document_embedding_id != bindparam("document_embedding_id"),
+        )
+        .correlate(embeddings)
+        .scalar_subquery(),
+    )
+    .where(embeddings.c.document_id == bindparam("document_embedding_id"))
+    .limit(bindparam("limit"))
+)
+# The same of rows that do not stand in the document that they note.
+FIND_STRAY_ROW_IDS = select(embeddings.c.id).where(
+    embeddings.c.document_id == bindparam("document_embedding_id"),
+    ~exists().where(
+        document_sentences.c.embedding_id == embeddings.c.id,
+        document_sentences.c.document_embedding_id == bindparam("document_embedding_id"),
+    ),
+)
+FIND_STRAYS = select(
+    embeddings.c.id,
+    embeddings.c.collection_id,
+    select(func.min(document_sentences.c.document_embedding_id))
+    .where(
+        document_sentences.c.embedding_id == embeddings.c.id,
+        document_sentences.c.document_embedding_id != embeddings.c.document_id,
+    )
+    .correlate(embeddings)
+    .scalar_subquery(),
+).where(_is_any_of(embeddings.c.id, "row_ids"))
+DELETE_ROWS = delete(embeddings).where(_is_any_of(embeddings.c.id, "row_ids")).returning(*_REMAINS)
+FIND_LAST_SENTENCE = select(func.max(document_sentences.c.position)).where(
+    document_sentences.c.document_embedding_id == bindparam("document_embedding_id")
+)
+DELETE_DOCUMENT_EMBEDDING = (
+    delete(document_embeddings)
+    .where(document_embeddings.c.id == bindparam("removed_id"))
+    .returning(document_embeddings.c.document_id)
+)
+DELETE_DOCUMENT_WITHOUT_VERSIONS = delete(documents).where(
+    documents.c.id == bindparam("document_id"), ~exists().where(document_embeddings.c.document_id == documents.c.id)
 )
 
 FIND_DOCUMENT_ID_OF_EMBEDDING = select(document_embeddings.c.document_id).where(
@@ -518,58 +695,92 @@ FIND_DOCUMENTS_WITH_COLLECTION = (
     .distinct()
 )
 
-# In the next two, `doomed` are the document_embeddings that go; others may hold the same rows.
-_HELD_BY_OTHERS = (
-    document_sentences.c.embedding_id == embeddings.c.id,
-    document_sentences.c.document_embedding_id.not_in(bindparam("doomed", expanding=True)),
-)
 
-DELETE_SENTENCES_NOBODY_ELSE_HOLDS = (
-    delete(embeddings)
-    .where(
-        _is_any_of(embeddings.c.document_id, "doomed"),
-        embeddings.c.collection_id == HELD_BY_DOCUMENTS,
-        ~exists().where(*_HELD_BY_OTHERS),
-    )
-    .returning(*_REMAINS)
-)
-
-HAND_ON_SENTENCES = (
-    update(embeddings)
-    .where(_is_any_of(embeddings.c.document_id, "doomed"))
-    .values(
-        document_id=select(func.min(document_sentences.c.document_embedding_id))
-        .where(*_HELD_BY_OTHERS)
-        .correlate(embeddings)
-        .scalar_subquery()
-    )
-)
-
-DELETE_DOCUMENTS = delete(documents).where(_is_any_of(documents.c.id, "document_ids"))
-
-
-def find_document_ids(filename: str, model_name: str | None, collection: str | None) -> Select[int]:
+@dataclass(frozen=True, slots=True)
+class DocumentSelection:
     """The documents of a name; of one model and in one collection, where these are given."""
-    statement = select(documents.c.id).where(
-        documents.c.id.in_(select(document_embeddings.c.document_id).where(document_embeddings.c.filename == filename))
-    )
-    if model_name is not None:
-        statement = statement.where(documents.c.model_name == model_name)
-    if collection is not None:
-        statement = statement.where(documents.c.id.in_(_select_documents(collection)))
+
+    filename: str
+    model_name: str | None = None
+    collection: str | None = None
+
+
+def find_document_ids(selection: DocumentSelection) -> Select[int]:
+    """Documents in any state."""
+    of_name = select(document_embeddings.c.document_id).where(document_embeddings.c.filename == selection.filename)
+    statement = select(documents.c.id).where(documents.c.id.in_(of_name))
+    if selection.model_name is not None:
+        statement = statement.where(documents.c.model_name == selection.model_name)
+    if selection.collection is not None:
+        statement = statement.where(documents.c.id.in_(_select_documents(selection.collection)))
     return statement
 
 
+def find_leftovers(untouched_since: datetime, of: DocumentSelection | None) -> Select[int]:
+    """Of documents that never came to their end, that nobody has touched since, and that no job is about to finish."""
+    statement = select(document_embeddings.c.id).where(
+        _IS_NOT_THERE,
+        document_embeddings.c.state == DocumentState.BEING_WRITTEN,
+        document_embeddings.c.response_time < untouched_since,
+        ~exists().where(
+            document_jobs.c.filename == document_embeddings.c.filename,
+            document_jobs.c.model_name == document_embeddings.c.model_name,
+            document_jobs.c.state.in_([JobState.WAITING, JobState.RUNNING]),
+        ),
+    )
+    return statement if of is None else statement.where(document_embeddings.c.document_id.in_(find_document_ids(of)))
+
+
 def list_filenames(
-    model_name: str | None, limit: int | None, offset: int, collection: str | None = None
-) -> Select[tuple[str]]:
-    """Each distinct file name once, in the order in which it came first."""
-    statement = select(documents.c.filename).group_by(documents.c.filename).order_by(func.min(documents.c.id))
+    model_name: str | None, limit: int | None, offset: int, collection: str | None = None, after_id: int = 0
+) -> Select[int, str]:
+    """Ids and names: each distinct file name once, in the order in which it came first, behind a document."""
+    statement = (
+        select(func.min(documents.c.id), documents.c.filename)
+        .where(has_a_version_that_is_there())
+        .group_by(documents.c.filename)
+        .order_by(func.min(documents.c.id))
+    )
     if model_name is not None:
         statement = statement.where(documents.c.model_name == model_name)
     if collection is not None:
         statement = statement.where(documents.c.id.in_(_select_documents(collection)))
+    if after_id:
+        statement = statement.having(func.min(documents.c.id) > after_id)
     return statement.limit(limit).offset(offset)
+
+
+# A page of collections with what is in each, in one statement, which reads each index once. A text counts once, though
+# it was asked for and stands in several documents.
+LIST_COLLECTIONS = text(f"""
+    WITH page AS (SELECT id, name FROM collections WHERE id > :after_id ORDER BY id LIMIT :limit),
+    members AS (
+        SELECT collection_id, id AS embedding_id FROM embeddings WHERE collection_id IN (SELECT id FROM page)
+        UNION
+        SELECT collection_id, embedding_id FROM embedding_collections WHERE collection_id IN (SELECT id FROM page)
+        UNION
+        SELECT placed.collection_id, sentence.embedding_id
+        FROM document_collections AS placed
+        JOIN document_embeddings AS version
+            ON version.document_id = placed.document_id AND version.state = {DocumentState.THERE:d}
+        JOIN document_sentences AS sentence ON sentence.document_embedding_id = version.id
+        WHERE placed.collection_id IN (SELECT id FROM page)
+    ),
+    embedding_counts AS (SELECT collection_id, count(*) AS n FROM members GROUP BY collection_id),
+    document_counts AS (
+        SELECT placed.collection_id AS collection_id, count(*) AS n FROM document_collections AS placed
+        WHERE placed.collection_id IN (SELECT id FROM page) AND EXISTS (
+            SELECT 1 FROM document_embeddings AS version
+            WHERE version.document_id = placed.document_id AND version.state = {DocumentState.THERE:d}
+        )
+        GROUP BY placed.collection_id
+    )
+    SELECT page.id, page.name, coalesce(embedding_counts.n, 0), coalesce(document_counts.n, 0)
+    FROM page
+    LEFT JOIN embedding_counts ON embedding_counts.collection_id = page.id
+    LEFT JOIN document_counts ON document_counts.collection_id = page.id
+    ORDER BY page.id
+""")  # noqa: S608 - the program's own words
 
 
 def _select_collection(name: str) -> ScalarSelect[int]:
@@ -600,7 +811,8 @@ def select_sentences(
 ) -> Select[tuple[int]]:
     """Ids of the rows in documents: of a name, in a collection, of a model."""
     statement = select(document_sentences.c.embedding_id).join(
-        document_embeddings, document_embeddings.c.id == document_sentences.c.document_embedding_id
+        document_embeddings,
+        and_(document_embeddings.c.id == document_sentences.c.document_embedding_id, _IS_THERE),
     )
     if filename is not None:
         statement = statement.where(document_embeddings.c.filename == filename)
@@ -615,7 +827,7 @@ def select_sentences(
 
 PUT_JOB = insert_or_overwrite(document_jobs)
 
-DELETE_JOB = delete(document_jobs).where(document_jobs.c.id == bindparam("job_id"))
+DELETE_JOBS = delete(document_jobs).where(_is_any_of(document_jobs.c.id, "job_ids"))
 
 LIST_JOBS = select(
     document_jobs.c.id,

@@ -34,8 +34,10 @@ from embeddings_data_models import (
     NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
+    Page,
     RequestStamp,
     Sentence,
+    SentencePlaces,
     StoredCollection,
     StoredDocument,
     StoredEmbedding,
@@ -51,11 +53,18 @@ from llama_embeddings.errors import (
     StoreUnusable,
     Unavailable,
 )
-from llama_embeddings.storage import filters, full_text, statements, writes
+from llama_embeddings.storage import document_writes, filters, full_text, statements, writes
 from llama_embeddings.storage.backoff import Backoff, retry_while_locked
 from llama_embeddings.storage.changes import CommittedBundle, CommittedRow, Positions, RowChange
 from llama_embeddings.storage.collection_names import CollectionNames
 from llama_embeddings.storage.database_file import DatabaseFile
+from llama_embeddings.storage.document_writes import (
+    HiddenDocuments,
+    LeftoverSelection,
+    Publication,
+    RemovedPart,
+    SentencePart,
+)
 from llama_embeddings.storage.engine import (
     N_SEARCHERS,
     WRITER_CACHE_IN_MB,
@@ -86,12 +95,15 @@ from llama_embeddings.storage.full_text_follower import MAX_ROWS_TO_WAIT_FOR, Fu
 from llama_embeddings.storage.migrations import find_newest_version, migrate
 from llama_embeddings.storage.page_gaps import Place, overwrite_remains
 from llama_embeddings.storage.replica import RefusedWrites
+from llama_embeddings.storage.statements import DocumentSelection
 from llama_embeddings.storage.write_queue import WriteFunction, WriteQueue
-from llama_embeddings.storage.writes import DocumentSelection, Placement, Removal, split
+from llama_embeddings.storage.writes import Placement, Removal, split
 
 Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 
+# Some milliseconds' work.
+PLACES_PER_WRITE = 250
 # How long a readiness check may wait for a locked database.
 PROBE_TIMEOUT_SECONDS = 2.0
 
@@ -309,18 +321,24 @@ class EmbeddingStore:
         if self._full_text is not None:
             await self._full_text.catch_up()
 
-    async def place_embeddings(self, row_ids: Sequence[int], collection: str | None) -> set[int]:
-        """Put stored texts into a collection, too; None: make them searchable as sentences of documents.
+    async def place_embeddings(
+        self, row_ids: Sequence[int], collection: str, moment: datetime | None = None
+    ) -> set[int]:
+        """Put stored texts into a collection, too, from a moment on, which is now unless given.
 
         Returns the rows that are there; those that are gone are passed over.
         """
-        return await self._submit_indexed(writes.place_embeddings, Placement(row_ids, collection))
+        placement = Placement(row_ids, collection, moment or RequestStamp().request_time)
+        return await self._submit_indexed(writes.place_embeddings, placement)
 
     async def texts_of_rows(self, row_ids: Sequence[int]) -> dict[int, str]:
-        """Texts by row id; rows that are gone are absent."""
+        """Texts by row id of the rows that show: queries, and sentences of documents that are not there, are absent.
+
+        This decides what a search finds: an index may hold rows of documents that are just coming or going.
+        """
         texts: dict[int, str] = {}
         for part in split(row_ids):
-            rows = await self._look_up_rows("id, text", part)
+            rows = await self._look_up_rows("id, text", part, statements.SHOWS_AS_TEXT)
             texts.update((row_id, text) for row_id, text in rows)
         return texts
 
@@ -331,8 +349,14 @@ class EmbeddingStore:
 
         Queries are listed among the texts of every collection: they are stored, though they are in none.
         """
-        rows = await self._fetch(statements.list_texts(model_name, limit, offset, collection))
-        return [text for (text,) in rows]
+        return (await self.list_texts_by_page(model_name, limit, offset, collection)).entries
+
+    async def list_texts_by_page(
+        self, model_name: str | None, limit: int | None, offset: int, collection: str | None = None, after: int = 0
+    ) -> Page[str]:
+        """The same from the end of an earlier page on."""
+        statement = statements.list_texts(model_name, _add_one(limit), offset, collection, after)
+        return _make_page(await self._fetch(statement), limit)
 
     async def embedding_groups(self) -> list[EmbeddingGroup]:
         """The pairs of model and recipe with rows, and how many each has."""
@@ -382,6 +406,7 @@ class EmbeddingStore:
         group = {"model_name": model_name, "recipe": recipe}
         parts = [np.empty(0, np.int64)]
         after_row_id = 0
+        of_hidden_documents = await self._fetch_ids(statements.READ_HIDDEN_ROW_IDS, {})
         while True:
             page = await self._fetch_ids(
                 statements.READ_ROW_IDS, group | {"after_row_id": after_row_id, "limit": rows_per_read}
@@ -390,7 +415,7 @@ class EmbeddingStore:
                 return np.concatenate(parts)
             ends = {"first": int(page[0]), "last": int(page[-1])}
             hidden = await self._fetch_ids(statements.READ_UNSEARCHABLE_ROW_IDS, group | ends)
-            parts.append(page[~np.isin(page, hidden)])
+            parts.append(page[~np.isin(page, np.concatenate([hidden, of_hidden_documents]))])
             after_row_id = ends["last"]
 
     async def _fetch_ids(self, statement: Executable, parameters: dict[str, Any]) -> np.ndarray:
@@ -560,18 +585,79 @@ class EmbeddingStore:
 
         Raises Unavailable if one of the sentences was deleted since it was stored.
         """
-        return await self._write_queue.submit(writes.insert_documents, document)
+        row_id = await self.begin_document(document)
+        await self.write_sentences(row_id, document.places, document.stamp.request_time)
+        await self.publish_document(row_id, document)
+        return row_id
+
+    async def begin_document(self, document: NewDocument) -> int:
+        """Prepare for a document's sentences; returns its row id. Nothing of it shows until it is published.
+
+        An earlier attempt that never came to its end is gone on with. Raises Unavailable if the document is just being
+        removed.
+        """
+        return await self._write_queue.submit(document_writes.begin_documents, document)
+
+    async def is_being_written(self, row_id: int) -> bool:
+        """Whether a document that was begun is still wanted: it was not deleted since."""
+        wanted = {"document_embedding_ids": [row_id]}
+        return bool(await self._fetch(statements.FIND_DOCUMENTS_TO_WRITE_FOR, wanted))
+
+    async def write_sentences(self, row_id: int, places: SentencePlaces, moment: datetime) -> Removal:
+        """Write down where a document's sentences stand, by parts between which other writes have their turn.
+
+        `moment`: when they were asked for. What an earlier attempt left beside them is removed, and returned. Raises
+        Unavailable if one of them was deleted since it was stored.
+        """
+        position = 0
+        while position < len(places):
+            part = SentencePart(row_id, places, position, moment)
+            position = await self._submit_indexed(document_writes.write_sentences, part)
+        await self._write_queue.submit(document_writes.shorten_documents, (row_id, len(places)))
+        rows = await self._fetch(statements.FIND_STRAY_ROW_IDS, {"document_embedding_id": row_id})
+        removed = Removal()
+        for stray in split([stray_id for (stray_id,) in rows], document_writes.ROWS_PER_STEP):
+            removed.extend(await self._submit_indexed(document_writes.remove_strays, stray))
+        return removed
+
+    async def read_rows_to_show(self, row_id: int, *, sentences_per_read: int = 2_000) -> AsyncIterator[np.ndarray]:
+        """Row ids, int64 (n,), of a written document's sentences that nothing shows yet: an index is to hold them."""
+        position = -1
+        while True:
+            parameters = {"document_embedding_id": row_id, "after_position": position, "limit": sentences_per_read}
+            [(position, row_ids)] = await self._fetch(statements.READ_ROWS_TO_SHOW, parameters)
+            if position < 0:
+                return
+            if row_ids:
+                yield np.unique(np.fromstring(row_ids, dtype=np.int64, sep=","))
+
+    async def publish_document(
+        self, row_id: int, document: NewDocument, *, replaced_row_ids: Sequence[int] = ()
+    ) -> None:
+        """Let a document show whose sentences are all written, in the same moment in which those that it replaces stop.
+
+        What was replaced is to be removed. Raises NotFound if the document was deleted meanwhile, Unavailable if one of
+        its sentences was.
+        """
+        publication = Publication(row_id, document, replaced_row_ids)
+        await self._write_queue.submit(document_writes.publish_documents, publication)
 
     async def place_document(self, row_id: int, collection: str) -> None:
         """Put a stored document into a collection, too, with all its sentences."""
-        await self._write_queue.submit(writes.place_documents, (row_id, collection))
+        await self._write_queue.submit(document_writes.place_documents, (row_id, collection))
 
     async def list_document_filenames(
         self, model_name: str | None, limit: int | None, offset: int, collection: str | None = None
     ) -> list[str]:
         """Each distinct file name once, oldest first; of every model and collection where None is given."""
-        rows = await self._fetch(statements.list_filenames(model_name, limit, offset, collection))
-        return [filename for (filename,) in rows]
+        return (await self.list_filenames_by_page(model_name, limit, offset, collection)).entries
+
+    async def list_filenames_by_page(
+        self, model_name: str | None, limit: int | None, offset: int, collection: str | None = None, after: int = 0
+    ) -> Page[str]:
+        """The same from the end of an earlier page on."""
+        statement = statements.list_filenames(model_name, _add_one(limit), offset, collection, after)
+        return _make_page(await self._fetch(statement), limit)
 
     # --- what a search asks ---
 
@@ -625,7 +711,17 @@ class EmbeddingStore:
 
     async def list_collections(self) -> list[StoredCollection]:
         """All collections, oldest first, with the numbers of embeddings and documents in them."""
-        return await self._visit(self._search_threads, self._searches, filters.list_collections)
+        return (await self.list_collections_by_page(None)).entries
+
+    async def list_collections_by_page(self, limit: int | None, after: int = 0) -> Page[StoredCollection]:
+        """The same from the end of an earlier page on. Not on the searches' threads: it may read all of an index."""
+        parameters = {"limit": -1 if limit is None else limit + 1, "after_id": after}
+        rows = await self._fetch(statements.LIST_COLLECTIONS, parameters)
+        return _make_page([(row_id, StoredCollection(*described)) for row_id, *described in rows], limit)
+
+    async def delete_collection(self, name: str) -> None:
+        """Remove an empty collection. Raises NotFound, and InvalidInput for one that is not empty or is the default."""
+        await self._write_queue.submit(writes.delete_collections, name)
 
     async def _read_full_text_position(self) -> tuple[int, int]:
         [[newest, position]] = await self._fetch(statements.READ_FULL_TEXT_POSITION)
@@ -648,7 +744,12 @@ class EmbeddingStore:
         A sentence that another document holds goes with the last of them; one that was asked for by itself stays. A
         document that is in other collections than the one given leaves that one only.
         """
-        return await self._submit_indexed(writes.delete_documents, DocumentSelection(filename, model_name, collection))
+        hidden = await self.hide_documents(filename, model_name=model_name, collection=collection)
+        removal = Removal(n_documents=hidden.n_documents)
+        for row_id in hidden.row_ids:
+            async for part in self.remove_document(row_id):
+                removal.extend(part)
+        return removal
 
     async def erase(self, removal: Removal) -> bool:
         """Overwrite what is left of removed texts in the log and between rows. It waits some two seconds at most.
@@ -668,7 +769,44 @@ class EmbeddingStore:
         def overwrite(connection: Connection, payloads: Sequence[Sequence[Place]]) -> list[int]:
             return [overwrite_remains(connection, self.path, payload) for payload in payloads]
 
-        return await self._write_queue.submit(overwrite, places)
+        # In parts, between which other writes have their turn.
+        return sum([await self._write_queue.submit(overwrite, part) for part in split(places, PLACES_PER_WRITE)])
+
+    async def hide_documents(
+        self, filename: str, *, model_name: str | None = None, collection: str | None = None
+    ) -> HiddenDocuments:
+        """Let documents show no more, in one moment. What `delete_document` says of them; they are to be removed then.
+
+        Documents of this name that are just being written, or were never finished, are among them.
+        """
+        selection = DocumentSelection(filename, model_name, collection)
+        return await self._write_queue.submit(document_writes.hide_documents, selection)
+
+    async def hide_leftovers(
+        self,
+        untouched_since: datetime,
+        *,
+        excepted: Sequence[int] = (),
+        documents: DocumentSelection | None = None,
+    ) -> list[int]:
+        """Mark documents for removal that were begun, never finished, and not gone on with since; returns them.
+
+        Those that a job waits for or works at are left alone.
+        """
+        selection = LeftoverSelection(untouched_since, excepted, documents)
+        return await self._write_queue.submit(document_writes.hide_leftovers, selection)
+
+    async def find_documents_being_removed(self) -> list[int]:
+        """Documents that are hidden and not removed yet: an earlier process has ended meanwhile."""
+        return [row_id for (row_id,) in await self._fetch(statements.FIND_DOCUMENTS_BEING_REMOVED)]
+
+    async def remove_document(self, row_id: int) -> AsyncIterator[Removal]:
+        """Remove a hidden document by parts between which other writes have their turn; what is gone with each."""
+        is_last = False
+        while not is_last:
+            part: RemovedPart = await self._submit_indexed(document_writes.remove_documents, row_id)
+            is_last = part.is_last
+            yield part.removal
 
     # --- jobs ---
 
@@ -676,9 +814,9 @@ class EmbeddingStore:
         """Keep a job as it is now, whether it is new or known."""
         await self._write_queue.submit(writes.put_jobs, job)
 
-    async def delete_job(self, job_id: str) -> None:
-        """Forget a job; what it computed stays."""
-        await self._write_queue.submit(writes.delete_jobs, job_id)
+    async def delete_jobs(self, job_ids: Sequence[str]) -> None:
+        """Forget jobs; what they computed stays."""
+        await self._write_queue.submit(writes.delete_jobs, job_ids)
 
     async def list_jobs(self) -> list[DocumentJob]:
         """All jobs, oldest first."""
@@ -830,9 +968,10 @@ class EmbeddingStore:
         """Fetch by key, in one visit to the lookup thread: what every request waits for."""
         return await self._visit(self._lookup_thread, self._lookups, _fetch_now, statement, parameters)
 
-    async def _look_up_rows(self, columns: str, row_ids: Sequence[int]) -> Sequence[Any]:
+    async def _look_up_rows(self, columns: str, row_ids: Sequence[int], condition: str = "TRUE") -> Sequence[Any]:
         """The same for rows of embeddings by their ids."""
-        return await self._visit(self._lookup_thread, self._lookups, fetch_by_ids, columns, "embeddings", row_ids)
+        arguments = (columns, "embeddings", row_ids, condition)
+        return await self._visit(self._lookup_thread, self._lookups, fetch_by_ids, *arguments)
 
     async def _visit(
         self, threads: ThreadPoolExecutor, engine: Engine, read: Callable[..., Result], *arguments: Any
@@ -869,16 +1008,32 @@ def _search_text(
     row_ids: np.ndarray | None,
 ) -> list[tuple[int, float]]:
     has_others = filters.has_other_rows(connection, model_name, families)
+    # Those that may be returned show; where nobody says which, it has to be looked at.
+    has_hidden = row_ids is None and filters.has_hidden_documents(connection)
 
     def are_among(found: np.ndarray) -> np.ndarray:
         wanted = np.ones(len(found), bool) if row_ids is None else np.isin(found, row_ids, assume_unique=True)
+        if has_hidden:
+            wanted &= filters.do_show(connection, found)
         return wanted & filters.are_of(connection, found, model_name, families) if has_others else wanted
 
     def list_all() -> np.ndarray:
         return filters.find_row_ids(connection, RowFilter(model_name, families)) if row_ids is None else row_ids
 
-    wanted = full_text.Wanted(are_among, list_all) if has_others or row_ids is not None else None
+    needs_filter = has_others or has_hidden or row_ids is not None
+    wanted = full_text.Wanted(are_among, list_all) if needs_filter else None
     return full_text.search(connection, query, limit=limit, wanted=wanted)
+
+
+def _add_one(limit: int | None) -> int | None:
+    """One more than a page has says that there is another page."""
+    return None if limit is None else limit + 1
+
+
+def _make_page(rows: Sequence[Any], limit: int | None) -> Page[Any]:
+    """From pairs of an id and an entry, by ascending id."""
+    entries = [entry for _, entry in rows[:limit]]
+    return Page(entries, rows[limit - 1][0] if limit is not None and len(rows) > limit else None)
 
 
 def _check_target(target: Path) -> None:

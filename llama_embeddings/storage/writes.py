@@ -23,22 +23,18 @@ from embeddings_data_models import (
     HELD_BY_DOCUMENTS,
     BulkEmbeddings,
     DocumentJob,
-    NewDocument,
     NewEmbedding,
     NewTokenLevelBundle,
     RequestStamp,
-    SentencePlaces,
     compute_text_hash,
     compute_token_hash,
     utc_now,
 )
-from llama_embeddings.errors import Unavailable
-from llama_embeddings.storage import full_text, statements
+from llama_embeddings.errors import InvalidInput, NotFound, Unavailable
+from llama_embeddings.storage import filters, full_text, statements
 from llama_embeddings.storage.engine import MAX_LIST_LENGTH, touch
 
 Element = TypeVar("Element")
-
-SENTENCES_PER_STATEMENT = 10_000
 
 # (model_name, recipe, row id): where an index has to forget what.
 RemovedRow = tuple[str, str, int]
@@ -57,28 +53,27 @@ class Removal:
     `n_documents` counts those that only left a collection, too; the ids are of those that are gone.
     """
 
-    rows: list[RemovedRow]
+    rows: list[RemovedRow] = field(default_factory=list)
     bundles: list[RemovedBundle] = field(default_factory=list)
     n_documents: int = 0
     document_ids: list[int] = field(default_factory=list, compare=False)
     document_embedding_ids: list[int] = field(default_factory=list, compare=False)
 
+    def extend(self, other: Removal) -> None:
+        """Add what else was forgotten, but for the number of documents."""
+        self.rows.extend(other.rows)
+        self.bundles.extend(other.bundles)
+        self.document_ids.extend(other.document_ids)
+        self.document_embedding_ids.extend(other.document_embedding_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Rows that are asked for in a collection, or, if it is None, as sentences of documents."""
+    """Rows that are asked for in a collection, from a moment on."""
 
     row_ids: Sequence[int]
-    collection: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentSelection:
-    """The documents of a name; of one model and in one collection, where these are given."""
-
-    filename: str
-    model_name: str | None = None
-    collection: str | None = None
+    collection: str
+    moment: datetime
 
 
 def split(elements: Sequence[Element], length: int = MAX_LIST_LENGTH) -> Iterator[Sequence[Element]]:
@@ -104,7 +99,8 @@ def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbe
     rows = list(chain.from_iterable(batches))
     ids: dict[_EmbeddingKey, int] = {}
     if rows:
-        collection_ids = _resolve_collections(connection, {row.collection for row in rows})
+        _check_documents(connection, {row.document_row_id for row in rows} - {None})
+        collection_ids = resolve_collections(connection, {row.collection for row in rows})
         for row in rows:
             row_id = statements.INSERT_EMBEDDING.insert_row(connection, _describe_embedding(row, collection_ids))
             if row_id is not None:
@@ -113,6 +109,15 @@ def insert_embeddings(connection: Connection, batches: Sequence[Sequence[NewEmbe
         if len(ids) < len(rows):
             ids = _place_known(connection, rows, ids, collection_ids)
     return [[ids[_key(row)] for row in batch] for batch in batches]
+
+
+def _check_documents(connection: Connection, document_row_ids: Collection[int | None]) -> None:
+    """Sentences are only stored for a document that is being written: nobody would ever remove them again."""
+    if document_row_ids:
+        wanted = {"document_embedding_ids": list(document_row_ids)}
+        found = connection.execute(statements.FIND_DOCUMENTS_TO_WRITE_FOR, wanted).scalars()
+        if set(document_row_ids) - set(found):
+            raise Unavailable("The document was deleted while it was being stored. Submit it again.")
 
 
 def _place_known(
@@ -129,9 +134,10 @@ def _place_known(
     for row in rows:
         row_id, home = ids[_key(row)], _choose_home(row, collection_ids)
         if row_id in homes:
-            wanted.append((row_id, home))
+            wanted.append((row_id, home, row.stamp.request_time))
         homes.setdefault(row_id, home)
-    _place(connection, homes, [(row_id, home) for row_id, home in wanted if home is not None])
+    # Sentences are put where they belong with their document.
+    _place(connection, homes, [(row_id, home, moment) for row_id, home, moment in wanted if home])
     return ids
 
 
@@ -145,13 +151,14 @@ def import_embeddings(connection: Connection, batches: Sequence[BulkEmbeddings])
 
 
 def _import_batch(connection: Connection, batch: BulkEmbeddings) -> int:
-    collection_id = _resolve_collections(connection, [batch.collection])[batch.collection]
+    collection_id = resolve_collections(connection, [batch.collection])[batch.collection]
     hashes = [compute_text_hash(text) for text in batch.texts]
     # In the order of the index of hashes, each of its pages is visited once and not once for each row.
     order = sorted(range(len(hashes)), key=hashes.__getitem__)
     vectors = np.ascontiguousarray(batch.vectors, dtype="<f4")
-    moment = _as_text(_without_zone(batch.stamp.request_time))
-    before, after = (batch.model_name, batch.recipe), (0, 0, collection_id, batch.stamp.ip_address, moment, moment, 0)
+    moment = as_text(without_zone(batch.stamp.request_time))
+    before = (batch.model_name, batch.recipe)
+    after = (0, 0, collection_id, batch.stamp.ip_address, moment, moment, 0, None)
     rows = [(batch.texts[place], hashes[place], *before, vectors[place].data, *after) for place in order]
     n_new = statements.INSERT_EMBEDDING.insert_rows(connection, rows)
     if n_new < len(set(hashes)):
@@ -165,7 +172,7 @@ def _place_imported(connection: Connection, batch: BulkEmbeddings, hashes: Seque
         key = {"text_hashes": part, "model_name": batch.model_name, "recipe": batch.recipe}
         rows = connection.execute(statements.FIND_EMBEDDING_IDS, key)
         homes.update((row_id, home) for _, row_id, home in rows)
-    _place(connection, homes, [(row_id, collection_id) for row_id in homes])
+    _place(connection, homes, [(row_id, collection_id, batch.stamp.request_time) for row_id in homes])
 
 
 def _find_embedding_ids(
@@ -199,15 +206,16 @@ def _describe_embedding(row: NewEmbedding, collection_ids: Mapping[str | None, i
         row.n_tokens_dropped,
         _choose_home(row, collection_ids),
         *_describe_request(row.stamp, row.response_time),
+        row.document_row_id,
     )
 
 
 @lru_cache(maxsize=64)  # the rows of a request share their times
-def _describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, Any]:
+def describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, Any]:
     return {
         "ip_address": stamp.ip_address,
-        "request_time": _without_zone(stamp.request_time),
-        "response_time": _without_zone(response_time),
+        "request_time": without_zone(stamp.request_time),
+        "response_time": without_zone(response_time),
         "total_time": (response_time - stamp.request_time).total_seconds(),
     }
 
@@ -215,15 +223,16 @@ def _describe_times(stamp: RequestStamp, response_time: datetime) -> dict[str, A
 @lru_cache(maxsize=64)
 def _describe_request(stamp: RequestStamp, response_time: datetime) -> tuple[Any, ...]:
     """The same for a plain statement."""
-    times = _describe_times(stamp, response_time)
-    return times["ip_address"], _as_text(times["request_time"]), _as_text(times["response_time"]), times["total_time"]
+    times = describe_times(stamp, response_time)
+    return times["ip_address"], as_text(times["request_time"]), as_text(times["response_time"]), times["total_time"]
 
 
-def _without_zone(moment: datetime) -> datetime:
+def without_zone(moment: datetime) -> datetime:
+    """As times are stored."""
     return moment.astimezone(UTC).replace(tzinfo=None)
 
 
-def _as_text(moment: datetime) -> str:
+def as_text(moment: datetime) -> str:
     """As SQLAlchemy writes it."""
     return moment.isoformat(" ", "microseconds")
 
@@ -231,7 +240,7 @@ def _as_text(moment: datetime) -> str:
 # --- collections ---
 
 
-def _resolve_collections(connection: Connection, names: Collection[str | None]) -> dict[str | None, int]:
+def resolve_collections(connection: Connection, names: Collection[str | None]) -> dict[str | None, int]:
     """Ids of collections, those made that are new. None is what only documents hold."""
     ids: dict[str | None, int] = {None: HELD_BY_DOCUMENTS, DEFAULT_COLLECTION: DEFAULT_COLLECTION_ID}
     for name in names:
@@ -243,14 +252,36 @@ def _resolve_collections(connection: Connection, names: Collection[str | None]) 
 def _find_or_make_collection(connection: Connection, name: str) -> int:
     found = connection.execute(statements.FIND_COLLECTION_ID, {"name": name}).scalar_one_or_none()
     if found is None:
-        connection.execute(statements.INSERT_COLLECTION, {"name": name, "creation_time": _without_zone(utc_now())})
-        found = connection.execute(statements.FIND_COLLECTION_ID, {"name": name}).scalar_one()
+        found = connection.execute(statements.TAKE_COLLECTION_NUMBER).lastrowid
+        connection.execute(statements.CLEAR_COLLECTION_NUMBERS)
+        row = {"id": found, "name": name, "creation_time": without_zone(utc_now())}
+        connection.execute(statements.INSERT_COLLECTION, row)
     return int(found)
+
+
+def delete_collections(connection: Connection, names: Sequence[str]) -> list[None]:
+    """Remove collections. Raises NotFound, and InvalidInput for one that is not empty or cannot be removed."""
+    for name in names:
+        _delete_collection(connection, name)
+    return [None] * len(names)
+
+
+def _delete_collection(connection: Connection, name: str) -> None:
+    found = connection.execute(statements.FIND_COLLECTION_ID, {"name": name}).scalar_one_or_none()
+    if found is None:
+        raise NotFound(f"There is no collection {name!r}.", field="corpus_identifier_string")
+    if found == DEFAULT_COLLECTION_ID:
+        message = f"The collection {name!r} cannot be deleted: what names no collection goes there."
+        raise InvalidInput(message, field="corpus_identifier_string")
+    if connection.execute(statements.IS_COLLECTION_IN_USE, {"collection_id": found}).scalar_one():
+        message = f"The collection {name!r} is not empty. Delete its documents and its strings first."
+        raise InvalidInput(message, field="corpus_identifier_string")
+    connection.execute(statements.DELETE_COLLECTION, {"collection_id_to_delete": found})
 
 
 def place_embeddings(connection: Connection, placements: Sequence[Placement]) -> list[set[int]]:
     """Put rows that are there into collections; answers which these are. Those that are in already stay in."""
-    collection_ids = _resolve_collections(connection, {placement.collection for placement in placements})
+    collection_ids = resolve_collections(connection, {placement.collection for placement in placements})
     found: list[set[int]] = []
     for placement in placements:
         homes: dict[int, int | None] = {}
@@ -258,46 +289,47 @@ def place_embeddings(connection: Connection, placements: Sequence[Placement]) ->
             rows = connection.execute(statements.FIND_COLLECTION_IDS_OF_ROWS, {"row_ids": part})
             homes.update((row_id, home) for row_id, home in rows)
         found.append(set(homes))
-        _place(connection, homes, [(row_id, collection_ids[placement.collection]) for row_id in homes])
+        collection_id = collection_ids[placement.collection]
+        _place(connection, homes, [(row_id, collection_id, placement.moment) for row_id in homes])
     return found
 
 
-def _place(connection: Connection, homes: dict[int, int | None], wanted: Sequence[tuple[int, int]]) -> None:
-    """Put rows into collections beside those that they are in; `homes` has the first of each."""
-    found_now: list[int] = []
-    first, further = [], []
-    for row_id, collection_id in wanted:
+def _place(connection: Connection, homes: dict[int, int | None], wanted: Sequence[tuple[int, int, datetime]]) -> None:
+    """Put rows into collections from a moment on, beside those that they are in; `homes` has the first of each.
+
+    What was no text before, a query or a sentence of a document that is not there, gets the moment as its date.
+    """
+    held = [row_id for row_id, home in homes.items() if home == HELD_BY_DOCUMENTS]
+    texts_before = set(np.array(held)[filters.do_show(connection, np.array(held))].tolist()) if held else set()
+    first, first_and_dated, further, queries = [], [], [], []
+    for row_id, collection_id, moment in wanted:
         home = homes[row_id]
         if home is None:
-            found_now.append(row_id)
-        if home is None or (home == HELD_BY_DOCUMENTS and collection_id != HELD_BY_DOCUMENTS):
-            first.append({"row_id": row_id, "new_collection_id": collection_id})
+            queries.append(row_id)
+        if home is None or home == HELD_BY_DOCUMENTS:
+            row = {"row_id": row_id, "new_collection_id": collection_id}
+            if row_id in texts_before:
+                first.append(row)
+            else:
+                first_and_dated.append(row | {"new_request_time": without_zone(moment)})
             homes[row_id] = collection_id
-        elif collection_id not in (home, HELD_BY_DOCUMENTS):
+        elif collection_id != home:
             further.append({"embedding_id": row_id, "collection_id": collection_id})
-    if first:
-        connection.execute(statements.SET_COLLECTION, first)
-    if further:
-        connection.execute(statements.INSERT_EMBEDDING_COLLECTIONS, further)
-    for part in split(found_now):
+    for statement, rows in (
+        (statements.SET_COLLECTION, first),
+        (statements.SET_COLLECTION_AND_TIME, first_and_dated),
+        (statements.INSERT_EMBEDDING_COLLECTIONS, further),
+    ):
+        if rows:
+            connection.execute(statement, rows)
+    add_to_full_text(connection, queries)
+
+
+def add_to_full_text(connection: Connection, row_ids: Sequence[int]) -> None:
+    """Take in rows that were only queries until now."""
+    for part in split(row_ids):
         rows = connection.execute(statements.FIND_TEXTS_OF_ROWS, {"row_ids": part})
         full_text.add_rows(connection, [(row_id, text) for row_id, text in rows])
-
-
-def place_documents(connection: Connection, placements: Sequence[tuple[int, str]]) -> list[None]:
-    """Put documents, by the id of their `document_embeddings`, into a collection; one that is gone is passed over."""
-    for row_id, collection in placements:
-        key = {"document_embedding_id": row_id}
-        document_id = connection.execute(statements.FIND_DOCUMENT_ID_OF_EMBEDDING, key).scalar_one_or_none()
-        if document_id is not None:
-            _place_document(connection, document_id, collection)
-    return [None] * len(placements)
-
-
-def _place_document(connection: Connection, document_id: int, collection: str) -> None:
-    collection_id = _resolve_collections(connection, [collection])[collection]
-    row = {"document_id": document_id, "collection_id": collection_id}
-    connection.execute(statements.INSERT_DOCUMENT_COLLECTION, row)
 
 
 # --- token-level bundles ---
@@ -355,89 +387,6 @@ def _describe_feature_vector(bundle: NewTokenLevelBundle, bundle_id: int) -> tup
     )
 
 
-# --- documents ---
-
-
-def insert_documents(connection: Connection, new_documents: Sequence[NewDocument]) -> list[int]:
-    """Row ids (of document_embeddings) of the documents. One that is there already gets its sentences again."""
-    return [_insert_document(connection, document) for document in new_documents]
-
-
-def _insert_document(connection: Connection, document: NewDocument) -> int:
-    _check_sentences_exist(connection, document)
-    key = {"file_hash": document.file_hash, "model_name": document.model_name, "filename": document.filename}
-    connection.execute(statements.INSERT_DOCUMENT, _describe_document(document))
-    document_id = connection.execute(statements.FIND_DOCUMENT_ID, key).scalar_one()
-    _place_document(connection, document_id, document.collection)
-    connection.execute(statements.INSERT_DOCUMENT_EMBEDDING, _describe_document_embedding(document, document_id))
-    key |= {"recipe": document.recipe, "segmentation": document.segmentation}
-    row_id: int = connection.execute(statements.FIND_DOCUMENT_EMBEDDING, key).scalar_one()
-    _replace_sentences(connection, document, row_id)
-    return row_id
-
-
-def _check_sentences_exist(connection: Connection, document: NewDocument) -> None:
-    """A text may be forgotten between the storing of the sentences and the storing of their document."""
-    wanted = np.unique(document.places.row_ids).tolist()
-    n_found = 0
-    for part in split(wanted):
-        n_found += connection.execute(statements.COUNT_ROWS_PRESENT, {"row_ids": part}).scalar_one()
-    if n_found < len(wanted):
-        raise Unavailable("A sentence of the document was deleted while the document was stored. Submit it again.")
-
-
-def _replace_sentences(connection: Connection, document: NewDocument, row_id: int) -> None:
-    connection.execute(statements.DELETE_SENTENCES, {"old_document_embedding_id": row_id})
-    for first in range(0, len(document.places), SENTENCES_PER_STATEMENT):
-        connection.execute(statements.INSERT_SENTENCES, _describe_sentences(document.places, row_id, first))
-    if len(document.places):
-        connection.execute(statements.CLAIM_SENTENCES, {"holder_id": row_id})
-
-
-def _describe_document(document: NewDocument) -> dict[str, Any]:
-    return {
-        "filename": document.filename,
-        "mimetype": document.mimetype,
-        "model_name": document.model_name,
-        "document_hash": document.file_hash,
-        **_describe_times(document.stamp, document.response_time),
-    }
-
-
-def _describe_document_embedding(document: NewDocument, document_id: int) -> dict[str, Any]:
-    return {
-        "document_id": document_id,
-        "filename": document.filename,
-        "mimetype": document.mimetype,
-        "file_hash": document.file_hash,
-        "model_name": document.model_name,
-        "recipe": document.recipe,
-        "segmentation": document.segmentation,
-        "n_sentences": len(document.places),
-        "file_data": document.file_data,
-        **_describe_times(document.stamp, document.response_time),
-    }
-
-
-def _describe_sentences(places: SentencePlaces, row_id: int, first: int) -> list[dict[str, Any]]:
-    """The next rows of a document's sentences; all at once would take more memory than the document."""
-    part = slice(first, first + SENTENCES_PER_STATEMENT)
-    columns = (places.row_ids, places.pages, places.starts, places.ends)
-    return [
-        {
-            "document_embedding_id": row_id,
-            "position": position,
-            "embedding_id": embedding_id,
-            "page": page or None,
-            "start": start,
-            "end": end,
-        }
-        for position, (embedding_id, page, start, end) in enumerate(
-            zip(*(column[part].tolist() for column in columns), strict=True), start=first
-        )
-    ]
-
-
 # --- forgetting ---
 
 
@@ -449,38 +398,12 @@ def delete_texts(connection: Connection, texts: Sequence[str]) -> list[Removal]:
 def _delete_text(connection: Connection, text: str) -> Removal:
     key = {"text_hash_to_delete": compute_text_hash(text)}
     bundles = _fetch_bundles(connection, statements.DELETE_BUNDLES_OF_TEXT, key)
-    rows = _delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
+    rows = delete_embeddings(connection, statements.DELETE_EMBEDDINGS_OF_TEXT, key)
     return Removal([row for row, _ in rows], bundles)
 
 
-def delete_documents(connection: Connection, selections: Sequence[DocumentSelection]) -> list[Removal]:
-    """Remove documents with the sentences that nobody else holds: no other document, and no collection by itself.
-
-    With a sentence go the embeddings of its tokens, unless another row has the same text.
-
-    Of a document that is in several collections, one that was selected by one of them only leaves that one.
-    """
-    return [_delete_documents(connection, selection) for selection in selections]
-
-
-def _delete_documents(connection: Connection, selection: DocumentSelection) -> Removal:
-    statement = statements.find_document_ids(selection.filename, selection.model_name, selection.collection)
-    selected = list(connection.execute(statement).scalars())
-    doomed = _leave_collection(connection, selected, selection.collection) if selection.collection else selected
-    rows: list[tuple[RemovedRow, str]] = []
-    holders: dict[str, list[int]] = {"doomed": []}
-    if doomed:
-        found = connection.execute(statements.FIND_EMBEDDINGS_OF_DOCUMENTS, {"document_ids": doomed})
-        holders = {"doomed": list(found.scalars())}
-        rows = _delete_embeddings(connection, statements.DELETE_SENTENCES_NOBODY_ELSE_HOLDS, holders)
-        connection.execute(statements.HAND_ON_SENTENCES, holders)
-        connection.execute(statements.DELETE_DOCUMENTS, {"document_ids": doomed})
-    bundles = _delete_bundles_of_gone_texts(connection, {text for _, text in rows})
-    return Removal([row for row, _ in rows], bundles, len(selected), doomed, holders["doomed"])
-
-
-def _delete_bundles_of_gone_texts(connection: Connection, texts: Collection[str]) -> list[RemovedBundle]:
-    """Token-level bundles of texts that no row has any more."""
+def delete_bundles_of_gone_texts(connection: Connection, texts: Collection[str]) -> list[RemovedBundle]:
+    """Remove the token-level bundles of texts that no row has any more."""
     bundles: list[RemovedBundle] = []
     for part in split([compute_text_hash(text) for text in texts]):
         bundles.extend(_fetch_bundles(connection, statements.DELETE_BUNDLES_OF_GONE_TEXTS, {"text_hashes": part}))
@@ -493,18 +416,13 @@ def _fetch_bundles(connection: Connection, statement: Executable, parameters: Ma
     ]
 
 
-def _leave_collection(connection: Connection, document_ids: list[int], collection: str) -> list[int]:
-    """Take documents out of a collection; those that are in no other are left to be deleted."""
-    connection.execute(statements.DELETE_DOCUMENT_COLLECTION, {"document_ids": document_ids, "name": collection})
-    found = connection.execute(statements.FIND_DOCUMENTS_WITH_COLLECTION, {"document_ids": document_ids})
-    remaining = set(found.scalars())
-    return [document_id for document_id in document_ids if document_id not in remaining]
-
-
-def _delete_embeddings(
+def delete_embeddings(
     connection: Connection, statement: Executable, parameters: Mapping[str, Any]
 ) -> list[tuple[RemovedRow, str]]:
-    """The rows that are gone, with their texts."""
+    """Remove rows by a statement that returns what has to be known of them, and their words with them.
+
+    Answers the rows with their texts.
+    """
     rows = connection.execute(statement, parameters).all()
     full_text.remove_rows(connection, [(row_id, text) for _, _, row_id, text in rows])
     return [((model_name, recipe, row_id), text) for model_name, recipe, row_id, text in rows]
@@ -534,17 +452,17 @@ def _describe_job(job: DocumentJob) -> dict[str, Any]:
         "error_code": job.error_code,
         "error_message": job.error_message,
         "ip_address": job.stamp.ip_address,
-        "request_time": _without_zone(job.stamp.request_time),
-        "response_time": None if job.response_time is None else _without_zone(job.response_time),
+        "request_time": without_zone(job.stamp.request_time),
+        "response_time": None if job.response_time is None else without_zone(job.response_time),
         "total_time": seconds,
     }
 
 
-def delete_jobs(connection: Connection, job_ids: Sequence[str]) -> list[None]:
-    """Forget jobs; what they computed stays."""
-    for job_id in job_ids:
-        connection.execute(statements.DELETE_JOB, {"job_id": job_id})
-    return [None] * len(job_ids)
+def delete_jobs(connection: Connection, groups: Sequence[Sequence[str]]) -> list[None]:
+    """Forget jobs by their ids; what they computed stays."""
+    for part in split([job_id for group in groups for job_id in group]):
+        connection.execute(statements.DELETE_JOBS, {"job_ids": part})
+    return [None] * len(groups)
 
 
 # --- snapshots of indexes ---

@@ -32,7 +32,7 @@ MODELS = "/get_list_of_available_model_names/"
 
 ABSENT = "absent"
 REQUIRED = "required"
-LISTING = {"model_name": ABSENT, "corpus_identifier_string": ABSENT, "limit": ABSENT, "offset": 0}
+LISTING = {"model_name": ABSENT, "corpus_identifier_string": ABSENT, "limit": ABSENT, "offset": 0, "cursor": ABSENT}
 DOWNLOAD = {"json_format": "records", "send_back_json_or_zip_file": "zip", "client_ip": ABSENT}
 TEXT = {"text": REQUIRED, "model_name": None, "truncation": None, "input_type": None}
 COLLECTED_TEXT = TEXT | {"corpus_identifier_string": None}
@@ -58,7 +58,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"filename": ABSENT, "model_name": ABSENT, "corpus_identifier_string": ABSENT},
         {},
     ),
-    "/get_list_of_collections/": ("get", {}, {}),
+    "/get_list_of_collections/": ("get", {"limit": 1_000, "cursor": ABSENT}, {}),
     EMBED: ("post", {"client_ip": ABSENT}, COLLECTED_TEXT),
     "/get_embedding_vector/": ("post", {"client_ip": ABSENT}, COLLECTED_TEXT),
     TOKENS: ("post", DOWNLOAD, TEXT),
@@ -122,7 +122,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"file": REQUIRED},
     ),
     "/convert_document_to_sentences/": ("post", {}, {"file": REQUIRED}),
-    "/jobs": ("get", {}, {}),
+    "/jobs": ("get", {"limit": 1_000, "cursor": ABSENT}, {}),
     "/jobs/{job_id}/events": ("get", {}, {}),
     "/jobs/{job_id}/result": ("get", {"json_format": "records", "send_back_json_or_zip_file": "zip"}, {}),
     "/clear_ramdisk/": ("post", {}, {}),

@@ -7,14 +7,15 @@ from pathlib import Path
 
 PROJECT_DIRECTORY = Path(__file__).resolve().parents[2]
 READINGS = {"utc_now", "time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
-# Each writes down when something happened. Only `services/jobs.py` compares as well: finished jobs are forgotten after
-# a time, so that a clock set back keeps them for longer.
+# Each writes down when something happened. Only `services/jobs.py` and `services/removals.py` compare as well: finished
+# jobs and documents that were given up are forgotten after a time, so that a clock set back keeps them for longer.
 READERS = {
     "embeddings_data_models.py",
     "llama_embeddings/api/small_services.py",
     "llama_embeddings/services/documents.py",
     "llama_embeddings/services/embeddings.py",
     "llama_embeddings/services/jobs.py",
+    "llama_embeddings/services/removals.py",
     "llama_embeddings/services/token_embeddings.py",
     "llama_embeddings/storage/writes.py",
 }

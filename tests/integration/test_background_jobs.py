@@ -58,6 +58,7 @@ def test_job_is_gone_on_with_after_kill_9(tmp_path: Path) -> None:
     assert 0 < n_before < N_SENTENCES
     with start_server(tmp_path) as server, server.client() as client:
         assert [job["links"]["self"] for job in client.get("/jobs").json()["jobs"]] == [first, second]
+        check_that_no_part_is_found(client, first)
         for location, count in ((first, N_SENTENCES), (second, 20)):
             last = list(follow(client, location))[-1]
             assert (last["state"], last["n_sentences_done"]) == ("done", count)
@@ -67,6 +68,15 @@ def test_job_is_gone_on_with_after_kill_9(tmp_path: Path) -> None:
         assert not any((tmp_path / "embeddings.sqlite-jobs").iterdir())
         check_vectors(client, result)
     assert count_embeddings(tmp_path / "embeddings.sqlite") == N_SENTENCES + 20
+
+
+def check_that_no_part_is_found(client: httpx.Client, location: str) -> None:
+    """Of a document that was written in part when the process ended, searches find all sentences or none."""
+    for event in follow(client, location):
+        body = {"query_text": "wagons", "number_of_most_similar_strings_to_return": 10_000}
+        path = "/search_stored_embeddings_with_query_string_for_semantic_similarity/"
+        found = [hit for hit in client.post(path, json=body).json()["results"] if "wagon" in hit["search_result_text"]]
+        assert len(found) in ((N_SENTENCES,) if event["state"] == "done" else (0, N_SENTENCES))
 
 
 def check_vectors(client: httpx.Client, rows: list[dict[str, Any]]) -> None:

@@ -69,7 +69,7 @@ async def add_document(
         FAMILY,
         "s",
         places,
-        RequestStamp(),
+        RequestStamp("ip", NOON),
         NOON,
         collection,
     )

@@ -211,7 +211,7 @@ async def test_queries_are_found_once_they_are_texts(store: EmbeddingStore) -> N
     [early] = await store.add_embeddings([make_query("early query")])
     assert await search(store, "query") == []
     [late] = await store.add_embeddings([make_query("late query")])
-    await store.place_embeddings([late], None)
+    await store.place_embeddings([late], "dogs")
     await store.place_embeddings([early], "cats")
     assert set(await search(store, "query")) == {"early query", "late query"}
     await store.add_embeddings([make("late query")])

@@ -414,7 +414,7 @@ async def test_job_is_kept_as_it_is_overwritten_and_forgotten(store: EmbeddingSt
     done = replace(done, document_row_id=7, error_code="some_code", error_message="Some words.")
     await store.put_job(done)
     assert await store.list_jobs() == [done, later]
-    await store.delete_job("b")
+    await store.delete_jobs(["b"])
     assert await store.list_jobs() == [later]
 
 
@@ -581,7 +581,7 @@ async def test_statistics_count_rows_and_writes(store: EmbeddingStore) -> None:
     await store.check_writable()
     statistics = await store.statistics()
     assert (statistics.n_embeddings, statistics.n_documents, statistics.n_token_level_bundles) == (2, 1, 1)
-    assert (statistics.n_writes_committed, statistics.n_writes_failed, statistics.n_lock_retries) == (4, 0, 0)
+    assert (statistics.n_writes_committed, statistics.n_writes_failed, statistics.n_lock_retries) == (7, 0, 0)
     assert store.write_queue_depth == statistics.write_queue_depth == 0
 
 
@@ -698,7 +698,7 @@ async def test_reads_go_through_indexes(store: EmbeddingStore, path: Path) -> No
         await find(store, document)
         await store.list_texts(None, 10, 0)
         await store.list_texts(MODEL, 10, 0)
-    assert len(seen) == 23
+    assert len(seen) == 24
     with closing(sqlite3.connect(path)) as connection:
         for statement, parameters in seen:
             details = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
