@@ -67,7 +67,8 @@ def test_job_is_gone_on_with_after_kill_9(tmp_path: Path) -> None:
         assert "The wagon number 0 crossed" not in server.log
         assert not any((tmp_path / "embeddings.sqlite-jobs").iterdir())
         check_vectors(client, result)
-    assert count_embeddings(tmp_path / "embeddings.sqlite") == N_SENTENCES + 20
+    # With the query that was searched for.
+    assert count_embeddings(tmp_path / "embeddings.sqlite") == N_SENTENCES + 20 + 1
 
 
 def check_that_no_part_is_found(client: httpx.Client, location: str) -> None:
