@@ -141,7 +141,7 @@ async def test_documents_are_written_and_removed_by_parts(store: EmbeddingStore)
     assert (await store.statistics()).n_write_transactions - before >= len(TEXTS) / 10
     hidden = await store.hide_documents("a.txt")
     await assert_shows(store)
-    sizes = [len(rows) for row_id in hidden.row_ids async for rows in store.remove_document(row_id)]
+    sizes = [len(part.rows) for row_id in hidden.row_ids async for part in store.remove_document(row_id)]
     assert (max(sizes), sum(sizes)) == (10, len(TEXTS))
 
 
@@ -153,7 +153,7 @@ async def test_document_takes_the_place_of_another_in_one_moment(store: Embeddin
     await store.publish_document(new, document, replaced_row_ids=[old])
     await assert_shows(store, "Shared sentence.", "Only sentence new.")
     assert await store.find_documents_being_removed() == [old]
-    removed = [row async for rows in store.remove_document(old) for row in rows]
+    removed = [row async for part in store.remove_document(old) for row in part.rows]
     assert [row_id for *_, row_id in removed] == [1]
     await assert_shows(store, "Shared sentence.", "Only sentence new.")
     assert await store.list_document_filenames(None, None, 0) == ["version 2.txt"]
@@ -208,7 +208,7 @@ async def test_interrupted_removal_is_found_and_finished(store: EmbeddingStore, 
     with pytest.raises(Unavailable, match="just being deleted"):
         await other.begin_document(make_document("a.txt"))
     assert await other.find_documents_being_removed() == [row_id]
-    assert sum([len(rows) async for rows in other.remove_document(row_id)]) == len(TEXTS) - 10
+    assert sum([len(part.rows) async for part in other.remove_document(row_id)]) == len(TEXTS) - 10
     assert [count_rows(path, table) for table in ("embeddings", "documents", "document_sentences")] == [0, 0, 0]
     await other.close()
 
@@ -247,7 +247,7 @@ async def test_leftovers_are_those_that_nobody_comes_back_to(store: EmbeddingSto
     assert await store.hide_leftovers(NOON) == []
     assert await store.hide_leftovers(utc_now(), excepted=[mine]) == [old]
     assert await store.find_documents_being_removed() == [old]
-    assert len([row async for rows in store.remove_document(old) for row in rows]) == 3
+    assert len([row async for part in store.remove_document(old) for row in part.rows]) == 3
     await store.put_job(replace(job, state=JobState.CANCELLED, response_time=utc_now()))
     assert await store.hide_leftovers(utc_now()) == sorted([mine, waiting])
 
@@ -271,14 +271,14 @@ async def test_sentences_without_a_document_in_an_earlier_database_show_no_more(
             ALTER TABLE document_embeddings DROP COLUMN state;
             DROP INDEX ix_embeddings_collection_id;
             DROP TABLE collection_numbers;
-            PRAGMA user_version = 4;
+            PRAGMA user_version = 7;
             """
         )
         connection.execute("VACUUM INTO ?", (str(earlier),))
     upgraded = await open_store(earlier)
     await assert_shows(upgraded, *TEXTS[:2])
     [leftover] = await upgraded.hide_leftovers(utc_now() + timedelta(seconds=1))
-    assert len([row async for rows in upgraded.remove_document(leftover) for row in rows]) == 3
+    assert len([row async for part in upgraded.remove_document(leftover) for row in part.rows]) == 3
     assert [count_rows(earlier, table) for table in ("embeddings", "documents")] == [2, 1]
     await upgraded.close()
 

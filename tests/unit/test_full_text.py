@@ -320,13 +320,11 @@ async def test_every_way_of_removing_leaves_the_index_sound(store: EmbeddingStor
     """Queries, texts, sentences, and what was one before it was the other; before and after the index came to them."""
     sentences = [replace(make(f"sentence {i}"), collection=None) for i in range(4)]
     row_ids = await store.add_embeddings(sentences)
-    await search(store, "sentence")
+    await store.index_full_text()
     await store.add_document(make_document(row_ids, "first"))
     [query] = await store.add_embeddings([make_query("sentence that was a query")])
     await search(store, "sentence")
-    await store.place_embeddings([query], None)
     await store.place_embeddings([query], "cats")
-    await store.place_embeddings([query], None)
     await store.add_embeddings([make_query("sentence 1"), make("sentence that was a query")])
     late = await store.add_embeddings([replace(make("a late sentence"), collection=None)])
     await store.add_document(make_document([query, *late], "second"))
