@@ -51,6 +51,9 @@ _LISTING_ERRORS = describe_statuses(401, 404, 422, 503)
 _DELETING_ERRORS = describe_statuses(400, 401, 404, 422, 503)
 _COMPUTING_ERRORS = describe_statuses(400, 401, 404, 413, 422, 429, 500, 502, 503)
 _MODEL_ERRORS = describe_statuses(400, 401, 404, 422, 429, 500, 502, 503)
+_STILL_IN_USE: dict[int | str, dict[str, Any]] = {
+    202: {"model": MessageResponse, "description": "Requests still use it; its memory is freed after the last of them."}
+}
 _ZIP_OR_JSON: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "JSON, or a zip file that holds it.",
@@ -242,10 +245,16 @@ async def load_model(request: ModelNameRequest, services: CurrentServices) -> Me
     return MessageResponse(message=await services.models.load(request.model_name))
 
 
-@router.post("/unload_model/", tags=["Models"], responses=_MODEL_ERRORS)
-async def unload_model(request: ModelNameRequest, services: CurrentServices) -> MessageResponse:
-    """Free a model's memory; its file and its embeddings stay."""
-    return MessageResponse(message=await services.models.unload(request.model_name))
+@router.post("/unload_model/", tags=["Models"], responses=_MODEL_ERRORS | _STILL_IN_USE)
+async def unload_model(request: ModelNameRequest, response: Response, services: CurrentServices) -> MessageResponse:
+    """Free a model's memory after the requests that use it; its file and its embeddings stay.
+
+    Requests that come meanwhile wait and load it again. One that is used for long is freed after the reply, a 202.
+    """
+    unloaded = await services.models.unload(request.model_name)
+    if unloaded.is_pending:
+        response.status_code = 202
+    return MessageResponse(message=unloaded.message)
 
 
 @router.post("/add_new_model/", tags=["Models"], status_code=202, responses=describe_statuses(400, 401, 422, 429, 503))

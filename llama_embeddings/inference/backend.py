@@ -114,7 +114,9 @@ class LoadedModel(Protocol):
 
     def open_context(self) -> Context: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the model as soon as no call and no context uses it; calls that come later raise ModelLoading."""
+        ...
 
 
 class Backend(Protocol):

@@ -254,8 +254,9 @@ class Batcher:
         try:
             for _ in range(limits.n_workers):
                 self._contexts.append(open_context())
-        except BaseException:  # the model is freed next, and no context may outlive it
-            self._close_contexts()
+        except BaseException:  # no thread will close them
+            for context in self._contexts:
+                context.close()
             raise
         # How many small groups there were in each worker's last pass.
         self._n_callers = [0] * limits.n_workers
@@ -363,9 +364,9 @@ class Batcher:
         return self._queue.tokens_per_second
 
     def stop(self, *, timeout_seconds: float) -> bool:
-        """Finish what waits, answer what is left with ShuttingDown, end the threads, close the contexts.
+        """Finish what waits, answer what is left with ShuttingDown, end the threads; each closes its context.
 
-        False if a pass did not end within another time limit: its context is still in use, so nothing may be freed.
+        False if a pass did not end within another time limit: its context stays as long as the pass takes.
         Blocks; call it from a thread other than the event loop's.
         """
         with self._queue.lock:
@@ -374,9 +375,8 @@ class Batcher:
         self._join_threads(timeout_seconds)
         self._answer_waiting(ShuttingDown("The server is shutting down.", retry_after_seconds=5.0))
         if not self._join_threads(timeout_seconds):
-            logger.error("A pass does not end; its model's memory is left to the end of the process")
+            logger.error("A pass does not end; its model's memory is freed when it does, or with the process")
             return False
-        self._close_contexts()
         return True
 
     def _join_threads(self, timeout_seconds: float) -> bool:
@@ -384,11 +384,6 @@ class Batcher:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
-
-    def _close_contexts(self) -> None:
-        for context in self._contexts:
-            context.close()
-        self._contexts.clear()
 
     def _answer_waiting(self, error: ServiceError) -> None:
         with self._queue.lock:
@@ -419,6 +414,9 @@ class Batcher:
             logger.exception("An embedding worker ended; its model answers with errors from now on")
             self.failure = error
             self._answer_waiting(InferenceFailed(STOPPED_MESSAGE))
+        finally:
+            # By the thread that computes in it, after its last look at the numbers: nobody else knows when that is.
+            context.close()
 
     def _wait_for_pass(self, number: int, context: Context) -> tuple[list[_Entry], int] | None:
         queue = self._queue

@@ -241,10 +241,13 @@ class EmbeddingEngine:
             rows=np.concatenate(rows) if rows else None,
         )
 
-    def close(self) -> None:
-        """Drain the queue, end the threads, free the model. Blocks; call it on a thread."""
-        if self.batcher.stop(timeout_seconds=STOP_TIMEOUT_SECONDS):
-            self._model.close()
+    def close(self, *, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> None:
+        """Drain the queue, end the threads, free the model once no thread uses it.
+
+        Blocks for at most twice that time; call it on a thread.
+        """
+        self.batcher.stop(timeout_seconds=timeout_seconds)
+        self._model.close()
 
 
 def _read_score(text: PreparedText, outcome: JobResult | ServiceError) -> PairScore | ServiceError:

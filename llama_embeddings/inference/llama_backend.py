@@ -19,14 +19,16 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_embeddings.errors import InferenceFailed, ModelUnusable
+from llama_embeddings.errors import InferenceFailed, ModelLoading, ModelUnusable
 from llama_embeddings.inference.backend import ModelInfo, PairFrame, Pooling
+from llama_embeddings.inference.lifetimes import Lifetime
 from llama_embeddings.inference.word_piece import WordPieceTokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ def _forward_log(level: int, text: bytes, _user_data: Any) -> None:
 
 
 class LlamaModel:
-    """A model that llama.cpp holds in memory."""
+    """A model that llama.cpp holds in memory, until it is closed and no call and no context uses it any more."""
 
     def __init__(
         self, llama: Any, pointer: Any, *, name: str, digest: str, max_window: int, pooling: Pooling | None
@@ -107,6 +109,10 @@ class LlamaModel:
         self._word_piece = self._make_word_piece()
         self._piece_lock = threading.Lock()
         self._pieces: dict[int, str] = {}
+        self._lifetime = Lifetime(
+            lambda: llama.llama_model_free(pointer),
+            lambda: ModelLoading(f"The model {name!r} has just been unloaded; try again."),
+        )
         self.info = self._read_info(name, digest, max_window, pooling)
         if self.info.room_for_text < 1:
             raise ModelUnusable(f"The model {name!r} has a window of {self.info.window} tokens: no room for a text.")
@@ -168,7 +174,8 @@ class LlamaModel:
         """
         if self._word_piece is not None:
             return self._word_piece.tokenize(text)
-        return self._tokenize(text, add_special=False)
+        with self._lifetime:
+            return self._tokenize(text, add_special=False)
 
     def _make_word_piece(self) -> WordPieceTokenizer | None:
         """The reference's tokenizer for BERT vocabularies; None for other kinds."""
@@ -204,7 +211,8 @@ class LlamaModel:
 
     def token_texts(self, tokens: np.ndarray) -> list[str]:
         """What each token stands for; special tokens by their names."""
-        return [self._piece(int(token)) for token in tokens]
+        with self._lifetime:
+            return [self._piece(int(token)) for token in tokens]
 
     def _piece(self, token: int) -> str:
         known = self._pieces.get(token)
@@ -230,7 +238,8 @@ class LlamaModel:
         """See LoadedModel.token_spans. All are None where the pieces do not add up to the text."""
         if self._word_piece is not None:
             return self._word_piece.spans(text)
-        pieces = [self._read_piece_bytes(int(token)) for token in self._tokenize(text, add_special=False)]
+        with self._lifetime:
+            pieces = [self._read_piece_bytes(int(token)) for token in self._tokenize(text, add_special=False)]
         joined, encoded = b"".join(pieces), text.encode("utf-8")
         # SentencePiece vocabularies put a space in front of the text that is not in it.
         n_added = len(joined) - len(encoded)
@@ -241,11 +250,13 @@ class LlamaModel:
 
     def frame_query(self, query: str) -> PairFrame:
         """By the template that the file states for pairs, else as the tokenizer's special tokens stand around pairs."""
-        template = self._llama.llama_model_chat_template(self._pointer, b"rerank")
-        if template:
-            return self._fill_template(template.decode("utf-8", "replace"), query)
+        with self._lifetime:
+            template = self._llama.llama_model_chat_template(self._pointer, b"rerank")
+            if template:
+                return self._fill_template(template.decode("utf-8", "replace"), query)
+            separator = self._pair_separator()
         prefix, suffix = self.info.prefix_tokens, self.info.suffix_tokens
-        head = np.concatenate((prefix, self.tokenize(query), suffix, self._pair_separator()))
+        head = np.concatenate((prefix, self.tokenize(query), suffix, separator))
         return PairFrame(head.astype(np.int32), np.array(suffix, dtype=np.int32))
 
     def _pair_separator(self) -> tuple[int, ...]:
@@ -279,22 +290,22 @@ class LlamaModel:
         ids = np.asarray(tokens, dtype=np.int32)
         pointer = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         size = 8 * len(ids) + 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            length = self._llama.llama_detokenize(self._vocabulary, pointer, len(ids), buffer, size, True, False)
-            if length >= 0:
-                return buffer.raw[:length].decode("utf-8", "replace")
-            size = -length
+        with self._lifetime:
+            while True:
+                buffer = ctypes.create_string_buffer(size)
+                length = self._llama.llama_detokenize(self._vocabulary, pointer, len(ids), buffer, size, True, False)
+                if length >= 0:
+                    return buffer.raw[:length].decode("utf-8", "replace")
+                size = -length
 
     def open_context(self) -> LlamaContext:
         """Make a context for one window's worth of tokens. Raises ModelUnusable if llama.cpp cannot."""
-        return LlamaContext(self._llama, self._pointer, self.info)
+        with self._lifetime:
+            return LlamaContext(self._llama, self._pointer, self.info, self._lifetime)
 
     def close(self) -> None:
-        """Give the memory back; all contexts must be closed before."""
-        if self._pointer:
-            self._llama.llama_model_free(self._pointer)
-            self._pointer = None
+        """Give the memory back, as soon as the last call has returned and the last context is closed."""
+        self._lifetime.end()
 
 
 def _split_trailing_space(text: str) -> tuple[str, str]:
@@ -308,9 +319,12 @@ def _split_leading_space(text: str) -> tuple[str, str]:
 
 
 class LlamaContext:
-    """A llama.cpp context and the arrays of its one batch. Never used by two threads at once."""
+    """A llama.cpp context and the arrays of its one batch. Never used by two threads at once, nor while it is closed.
 
-    def __init__(self, llama: Any, model: Any, info: ModelInfo) -> None:
+    It is one of the users of its model.
+    """
+
+    def __init__(self, llama: Any, model: Any, info: ModelInfo, lifetime_of_model: Lifetime) -> None:
         self._llama = llama
         self._info = info
         self._ranks = info.pooling is Pooling.RANK
@@ -319,6 +333,8 @@ class LlamaContext:
         self._pointer = llama.llama_init_from_model(model, self._parameters())
         if not self._pointer:
             raise ModelUnusable(f"llama.cpp cannot make a context of {self.max_tokens} tokens for {info.name!r}.")
+        self._model_in_use = ExitStack()
+        self._model_in_use.enter_context(lifetime_of_model)
         self._memory = llama.llama_get_memory(self._pointer)
         self._n_threads = 1
         self._make_batch()
@@ -397,7 +413,8 @@ class LlamaContext:
         return np.stack(rows)
 
     def close(self) -> None:
-        """Give the context's memory back."""
+        """Give the context's memory back, and the model's if it waits for this context alone."""
         if self._pointer:
             self._llama.llama_free(self._pointer)
             self._pointer = None
+            self._model_in_use.close()

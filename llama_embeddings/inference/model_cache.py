@@ -1,7 +1,8 @@
 """Keeps loaded models: loads each once, however many ask at the same time, and lets the least recently used go.
 
-A model in use is never unloaded: users hold a lease. Facts of models that were loaded once are remembered, so that a
-text found in the store needs no model in memory. Does not know where model files come from.
+A model in use is never freed: users hold a lease, and unloading waits for its end. Facts of models that were loaded
+once are remembered, so that a text found in the store needs no model in memory. Does not know where model files come
+from.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import math
 import os
 import platform
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ from llama_embeddings.inference.calibration import Calibration, calibrate
 from llama_embeddings.inference.engine import EmbeddingEngine
 
 logger = logging.getLogger(__name__)
+
+# A request that computes for longer than this is not waited for: what it uses is freed when it ends.
+UNLOAD_TIMEOUT_SECONDS = 10.0
+# When the cache is closed, requests have had their time already: what does not end now is left to the process's end.
+CLOSE_TIMEOUT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,49 +53,88 @@ class EngineOptions:
     calibration_seconds: float = 2.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
     """A loaded model and how many are using it."""
 
     engine: EmbeddingEngine
     file: ModelFile
     n_users: int = 0
+    unused: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def digest(self) -> str:
         return self.file.digest
 
+    def add_users(self, count: int) -> None:
+        self.n_users += count
+        if self.n_users:
+            self.unused.clear()
+        else:
+            self.unused.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A load under way and how many callers wait for it; they are the first users of what it loads."""
+
+    task: asyncio.Task[_Slot]
+    n_waiting: int = 0
+    slot: _Slot | None = None
+
+
+class Unloading(StrEnum):
+    """What became of the wish to unload a model."""
+
+    DONE = "done"
+    PENDING = "pending"
+    """It is used for longer than was waited. Nobody new gets it, and it is freed when its last user leaves."""
+    NOT_LOADED = "not loaded"
+
 
 class ModelCache:
-    """At most `max_loaded_models` engines, most recently used last."""
+    """At most `max_loaded_models` engines, most recently used last.
+
+    An engine that is let go is first taken out of `_slots`, so that nobody new gets it, then waits in `_leaving` for
+    its last user, and is closed. It counts as memory in use until then.
+    """
 
     def __init__(
-        self, backend: Backend, options: EngineOptions, *, max_loaded_models: int, max_memory_in_bytes: int = 0
+        self,
+        backend: Backend,
+        options: EngineOptions,
+        *,
+        max_loaded_models: int,
+        max_memory_in_bytes: int = 0,
+        unload_timeout_seconds: float = UNLOAD_TIMEOUT_SECONDS,
     ) -> None:
         self._backend = backend
         self._options = options
         self._max_loaded_models = max_loaded_models
         self._max_memory_in_bytes = max_memory_in_bytes
+        self._unload_timeout_seconds = unload_timeout_seconds
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
-        self._loading: dict[tuple[str, str], asyncio.Task[_Slot]] = {}
-        # Callers that wait for a load, by name and digest: what they are about to use must not be unloaded.
-        self._n_waiting: Counter[tuple[str, str]] = Counter()
+        self._leaving: dict[_Slot, asyncio.Task[None]] = {}
+        self._loads: dict[tuple[str, str], _Load] = {}
         # One load at a time: each must see the room that the others take, and measures alone.
         self._load_lock = asyncio.Lock()
         self._known_infos: dict[tuple[str, str], ModelInfo] = {}
+        self._is_closing = False
 
     @asynccontextmanager
     async def lease(self, file: ModelFile, pooling: Pooling | None = None) -> AsyncIterator[EmbeddingEngine]:
         """Use a model, loading it if it is not in memory. Raises ModelUnusable, ModelLoading."""
         slot = self._slots.get(file.name)
-        if slot is None or slot.digest != file.digest or slot.engine.has_failed:
+        if slot is not None and slot.digest == file.digest and not slot.engine.has_failed:
+            slot.add_users(1)
+        else:
             slot = await self._wait_for_load(file, pooling)
-        slot.n_users += 1
-        self._slots.move_to_end(file.name)
+        if self._slots.get(file.name) is slot:
+            self._slots.move_to_end(file.name)
         try:
             yield slot.engine
         finally:
-            slot.n_users -= 1
+            slot.add_users(-1)
 
     async def info(self, file: ModelFile, pooling: Pooling | None = None) -> ModelInfo:
         """Facts about a model; loads it only if it was never loaded before."""
@@ -104,7 +150,7 @@ class ModelCache:
 
     def is_computing(self) -> bool:
         """Whether any engine works at this moment. From any thread: the slots are copied in one go."""
-        return any(slot.engine.batcher.is_computing for slot in list(self._slots.values()))
+        return any(slot.engine.batcher.is_computing for slot in [*self._slots.values(), *self._leaving])
 
     def loaded_file(self, name: str) -> ModelFile | None:
         """The file that a model in memory was loaded from; it may be gone."""
@@ -112,29 +158,50 @@ class ModelCache:
         return slot.file if slot is not None else None
 
     def is_loading(self, name: str) -> bool:
-        return any(key[0] == name for key in self._loading)
+        return any(key[0] == name for key in self._loads)
 
     async def _wait_for_load(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
-        key = (file.name, file.digest)
-        self._n_waiting[key] += 1
+        """The slot of a file that is being loaded, with this caller among its users."""
+        load = self._start_load(file, pooling)
+        load.n_waiting += 1
         try:
             # A caller that goes away must not stop the load for the others.
-            return await asyncio.shield(self._start_load(file, pooling))
-        finally:
-            self._n_waiting[key] -= 1
+            return await asyncio.shield(load.task)
+        except BaseException:  # above all: cancelled; who waits for a load counts as a user of what it loads
+            load.n_waiting -= 1
+            if load.slot is not None:
+                load.slot.add_users(-1)
+            raise
 
-    def _start_load(self, file: ModelFile, pooling: Pooling | None) -> asyncio.Task[_Slot]:
+    def _start_load(self, file: ModelFile, pooling: Pooling | None) -> _Load:
         key = (file.name, file.digest)
-        task = self._loading.get(key)
-        if task is None:
-            task = asyncio.create_task(self._load(file, pooling), name=f"load {file.name}")
-            self._loading[key] = task
-            task.add_done_callback(lambda _: self._loading.pop(key, None))
-        return task
+        load = self._loads.get(key)
+        if load is None:
+            load = self._loads[key] = _Load(asyncio.create_task(self._load(file, pooling), name=f"load {file.name}"))
+        return load
 
     async def _load(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
-        async with self._load_lock:
-            return await self._load_now(file, pooling)
+        load = self._loads[(file.name, file.digest)]
+        try:
+            await self._wait_for_leaving(file.name)
+            async with self._load_lock:
+                slot = await self._load_now(file, pooling)
+                # In one step, so that nobody finds the model unused, or a load that has already handed out its slot.
+                slot.add_users(load.n_waiting)
+                load.slot = self._slots[file.name] = slot
+            return slot
+        finally:
+            del self._loads[(file.name, file.digest)]
+
+    async def _wait_for_leaving(self, name: str | None = None) -> None:
+        """Wait until the leaving engines of a name, or one of all, are freed. Raises ModelLoading if it takes long."""
+        leaving = [task for slot, task in self._leaving.items() if name in (None, slot.file.name)]
+        if not leaving:
+            return
+        how = asyncio.ALL_COMPLETED if name is not None else asyncio.FIRST_COMPLETED
+        _, left = await asyncio.wait(leaving, timeout=self._unload_timeout_seconds, return_when=how)
+        if len(left) == len(leaving) or (name is not None and left):
+            raise ModelLoading("A model is being unloaded, and is still in use; try again in a moment.")
 
     async def _load_now(self, file: ModelFile, pooling: Pooling | None) -> _Slot:
         await self._unload_stale(file)
@@ -142,51 +209,74 @@ class ModelCache:
         engine = await asyncio.to_thread(self._open_engine, file, pooling)
         for warning in engine.info.warnings:
             logger.warning("Model %s: %s", file.name, warning)
-        slot = _Slot(engine, file)
-        self._slots[file.name] = slot
         self._known_infos[(file.name, file.digest)] = engine.info
-        return slot
+        return _Slot(engine, file)
 
     async def _unload_stale(self, file: ModelFile) -> None:
         """Free the engine of a file that was replaced, or one whose worker has ended."""
         slot = self._slots.get(file.name)
         if slot is not None:
-            if slot.n_users or (slot.digest != file.digest and self._is_wanted(file.name)):
+            if slot.n_users:
                 raise ModelLoading(f"The model {file.name!r} is being replaced; try again in a moment.")
-            await self.unload(file.name)
+            await self._let_go(slot)
 
     async def _make_room(self, size_in_bytes: int) -> None:
         while self._is_over_limit(size_in_bytes):
-            unused = next((name for name in self._slots if not self._is_wanted(name)), None)
-            if unused is None:
+            unused = next((slot for slot in self._slots.values() if not slot.n_users), None)
+            if unused is not None:
+                logger.info("Unloading %s to make room", unused.file.name)
+                await self._let_go(unused)
+            elif self._leaving:
+                await self._wait_for_leaving()
+            else:
                 raise ModelLoading("All loaded models are in use and no other may be loaded; try again in a moment.")
-            logger.info("Unloading %s to make room", unused)
-            await self.unload(unused)
-
-    def _is_wanted(self, name: str) -> bool:
-        slot = self._slots[name]
-        return slot.n_users > 0 or self._n_waiting[(name, slot.digest)] > 0
 
     def _is_over_limit(self, size_in_bytes: int) -> bool:
-        if not self._slots:
+        slots = [*self._slots.values(), *self._leaving]
+        if not slots:
             return False
-        in_use = sum(slot.engine.info.size_in_bytes for slot in self._slots.values())
+        in_use = sum(slot.engine.info.size_in_bytes for slot in slots)
         is_over_memory = bool(self._max_memory_in_bytes) and in_use + size_in_bytes > self._max_memory_in_bytes
-        return len(self._slots) >= self._max_loaded_models or is_over_memory
+        return len(slots) >= self._max_loaded_models or is_over_memory
 
-    async def unload(self, name: str) -> bool:
-        """Free a model; False if it was not loaded. Texts that wait for it are finished first."""
-        slot = self._slots.pop(name, None)
-        if slot is None:
-            return False
-        await asyncio.to_thread(slot.engine.close)
-        return True
+    async def unload(self, name: str) -> Unloading:
+        """Free a model, after the texts that wait for it, and after all of its users, for a bounded time."""
+        if name in self._slots:
+            self._let_go(self._slots[name])
+        leaving = [task for slot, task in self._leaving.items() if slot.file.name == name]
+        if not leaving:
+            return Unloading.NOT_LOADED
+        _, left = await asyncio.wait(leaving, timeout=self._unload_timeout_seconds)
+        return Unloading.PENDING if left else Unloading.DONE
+
+    def _let_go(self, slot: _Slot) -> asyncio.Task[None]:
+        """Hand the engine out to nobody any more, and close it once its last user has left; the task that does so."""
+        del self._slots[slot.file.name]
+        task = self._leaving[slot] = asyncio.create_task(self._close_unused(slot), name=f"unload {slot.file.name}")
+        task.add_done_callback(lambda _: self._leaving.pop(slot, None))
+        return task
+
+    async def _close_unused(self, slot: _Slot) -> None:
+        if slot.n_users:
+            await slot.unused.wait()
+        if self._is_closing:
+            await asyncio.to_thread(slot.engine.close, timeout_seconds=CLOSE_TIMEOUT_SECONDS)
+        else:
+            await asyncio.to_thread(slot.engine.close)
 
     async def close(self) -> None:
-        """Wait for loads under way, then free everything."""
-        await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        for name in list(self._slots):
-            await self.unload(name)
+        """Wait for loads under way, then free everything that is not in use; the rest goes with the process.
+
+        Texts that still wait are answered with ShuttingDown.
+        """
+        self._is_closing = True
+        await asyncio.gather(*(load.task for load in self._loads.values()), return_exceptions=True)
+        for slot in list(self._slots.values()):
+            self._let_go(slot)
+        for slot in self._leaving:
+            # Not waited for: closing frees nothing that is in use, as an engine's memory outlives the calls into it.
+            slot.unused.set()
+        await asyncio.gather(*self._leaving.values())
 
     def _open_engine(self, file: ModelFile, pooling: Pooling | None) -> EmbeddingEngine:
         options = self._options

@@ -306,8 +306,9 @@ class DocumentService:
         self._tell(intake)
 
     async def _fit(self, sentences: Sequence[Sentence], model_name: str) -> list[Sentence]:
+        # Before the lease: a recipe may have to load the model, and a load waits until nobody uses what it replaces.
+        prompt = (await self._models.recipe(model_name, InputType.DOCUMENT)).prompt
         async with self._models.lease(model_name) as engine:
-            prompt = (await self._models.recipe(model_name, InputType.DOCUMENT)).prompt
             return await asyncio.to_thread(fit_sentences, engine, sentences, prompt)
 
     def _tell(self, intake: _Intake) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,13 +24,27 @@ from llama_embeddings.errors import (
 )
 from llama_embeddings.inference.backend import ModelInfo, Pooling
 from llama_embeddings.inference.engine import EmbeddingEngine
-from llama_embeddings.inference.model_cache import ModelCache
+from llama_embeddings.inference.model_cache import ModelCache, Unloading
 
 logger = logging.getLogger(__name__)
 
 PROBE_TEXT = "The server answers."
 # Company in a batch may change a vector by rounding, not by more.
 MIN_SELF_SIMILARITY = 0.999
+_UNLOADING_MESSAGES = {
+    Unloading.DONE: "The model {} is unloaded; the next request for it loads it again.",
+    Unloading.PENDING: "The model {} is still in use by earlier requests. No new one gets it, and its memory is freed "
+    "when the last of them ends.",
+    Unloading.NOT_LOADED: "The model {} was not loaded.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadedModel:
+    """`message` says to people what was done. `is_pending`: the memory is freed when its last user is done."""
+
+    message: str
+    is_pending: bool
 
 
 class ModelService:
@@ -177,13 +192,13 @@ class ModelService:
         async with self.lease(resolved):
             return f"The model {resolved!r} is loaded."
 
-    async def unload(self, name: str) -> str:
-        """Free a model's memory after the texts that wait for it; its file stays."""
+    async def unload(self, name: str) -> UnloadedModel:
+        """Free a model's memory after the texts that wait for it; its file stays. Raises what `check_known` raises."""
         resolved = self.resolve(name)
-        await self.check_known(resolved)
-        if await self._cache.unload(resolved):
-            return f"The model {resolved!r} is unloaded; the next request for it loads it again."
-        return f"The model {resolved!r} was not loaded."
+        if self._cache.loaded_file(resolved) is None:
+            await self.check_known(resolved)
+        outcome = await self._cache.unload(resolved)
+        return UnloadedModel(_UNLOADING_MESSAGES[outcome].format(repr(resolved)), outcome is Unloading.PENDING)
 
     def add(self, url: str) -> str:
         """Start the download of a model from its address on the hub. Raises InvalidInput."""

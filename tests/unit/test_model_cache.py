@@ -24,6 +24,7 @@ from llama_embeddings.inference.model_cache import (
     EngineOptions,
     ModelCache,
     OtherWork,
+    Unloading,
     choose_limits,
     count_cores,
     find_calibration,
@@ -338,9 +339,92 @@ async def test_unloading_finishes_what_waits(
     unloading = asyncio.create_task(cache.unload("a"))
     await asyncio.sleep(0.01)
     backend.gate.set()
-    assert await unloading
+    assert await unloading is Unloading.DONE
     assert (await waiting).vector.shape == (4,)
-    assert not await cache.unload("a")
+    assert await cache.unload("a") is Unloading.NOT_LOADED
+
+
+async def test_unloading_waits_for_the_users_and_they_get_what_they_ask_for(
+    backend: SizedBackend, open_cache: Callable[..., ModelCache], make_file: Callable[..., ModelFile]
+) -> None:
+    """Texts that are asked for after the wish to unload, too: the lease holds until it ends."""
+    cache, file = open_cache(), make_file("a")
+    async with cache.lease(file) as engine:
+        unloading = asyncio.create_task(cache.unload("a"))
+        await asyncio.sleep(0.01)
+        assert loaded_names(cache) == []
+        assert (await embed(engine)).vector.shape == (4,)
+        assert engine.tokenize("ab")[0]
+        assert (unloading.done(), backend.n_open_models) == (False, 1)
+    assert await unloading is Unloading.DONE
+    assert (backend.n_open_models, backend.n_open_contexts) == (0, 0)
+
+
+async def test_request_that_comes_while_a_model_is_unloaded_waits_and_loads_it_again(
+    backend: SizedBackend, open_cache: Callable[..., ModelCache], make_file: Callable[..., ModelFile]
+) -> None:
+    """Never two copies in memory, and no error."""
+    cache, file = open_cache(), make_file("a")
+    async with cache.lease(file) as engine:
+        unloading = asyncio.create_task(cache.unload("a"))
+        await asyncio.sleep(0.01)
+        newcomer = asyncio.create_task(touch(cache, file))
+        await asyncio.sleep(0.01)
+        assert (newcomer.done(), backend.loaded) == (False, ["a"])
+    assert await unloading is Unloading.DONE
+    assert await newcomer is not engine
+    assert (backend.loaded, backend.n_open_models) == (["a", "a"], 1)
+
+
+async def test_model_that_stays_in_use_is_freed_when_its_last_user_leaves(
+    backend: SizedBackend, make_file: Callable[..., ModelFile]
+) -> None:
+    """Unloading says that it is still to come; until then newcomers are put off and its memory counts."""
+    cache = ModelCache(backend, FIXED, max_loaded_models=1, unload_timeout_seconds=0.01)
+    async with cache.lease(make_file("a")) as engine:
+        assert await cache.unload("a") is Unloading.PENDING
+        for name in ("a", "b"):
+            with pytest.raises(ModelLoading, match="being unloaded"):
+                await touch(cache, make_file(name))
+        await embed(engine)
+        assert backend.n_open_models == 1
+    assert (await touch(cache, make_file("b"))).info.name == "b"
+    assert backend.n_open_models == 1
+    await cache.close()
+    assert (backend.n_open_models, backend.n_open_contexts) == (0, 0)
+
+
+async def test_model_unloaded_the_moment_it_is_loaded_serves_those_who_waited_for_it_first(
+    backend: SizedBackend, open_cache: Callable[..., ModelCache], make_file: Callable[..., ModelFile]
+) -> None:
+    """Also those who have not been told yet; a caller who left in that moment holds nothing back."""
+    cache, file = open_cache(), make_file("a")
+    backend.load_gate.clear()
+
+    async def use() -> EngineResult:
+        async with cache.lease(file) as engine:
+            return await embed(engine)
+
+    users = [asyncio.create_task(use()) for _ in range(3)]
+    await wait_until(lambda: backend.loaded == ["a"])
+    backend.load_gate.set()
+    while not cache.loaded():
+        await asyncio.sleep(0)
+    users[0].cancel()
+    assert await cache.unload("a") is Unloading.DONE
+    assert [(await user).vector.shape for user in users[1:]] == [(4,)] * 2
+    assert backend.loaded == ["a"]
+
+
+async def test_closing_waits_for_no_user(
+    backend: SizedBackend, open_cache: Callable[..., ModelCache], make_file: Callable[..., ModelFile]
+) -> None:
+    """The server ends in time, and who still waits gets an answer."""
+    cache = open_cache()
+    async with cache.lease(make_file("a")) as engine:
+        await cache.close()
+        with pytest.raises(ShuttingDown):
+            await embed(engine)
 
 
 async def test_close_waits_for_loads_and_frees_everything(
