@@ -13,6 +13,7 @@ first version stored as text are read-only properties here. Knows no HTTP, no en
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -570,11 +571,37 @@ class RequestStamp:
 
 
 @dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells a file from any other that is put into its place, without reading it.
+
+    A program can give a file any size and any time of modification (`cp -p`, `touch -r`), but neither the inode of
+    another nor a time of its last change (`ctime`) in the past. Times in nanoseconds since 1970.
+    """
+
+    size_in_bytes: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+    device: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp | None:
+        """None if there is no such file, or if what is there is none."""
+        try:
+            status = path.stat()
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFile:
     """A model file that can be loaded. `digest` is the SHA-256 of its bytes, in hexadecimal.
 
-    `sidecar` is where measurements of this file are kept; it may be absent and may be unwritable. `modified_ns` is when
-    the file was written, as it was before the digest was taken; None for a file that nobody replaces.
+    `sidecar` is where measurements of this file are kept; it may be absent and may be unwritable. `stamp` is the file's
+    as it was before the digest was taken; None for a file that nobody replaces.
     """
 
     name: str
@@ -582,7 +609,7 @@ class ModelFile:
     digest: str
     size_in_bytes: int
     sidecar: Path
-    modified_ns: int | None = None
+    stamp: FileStamp | None = None
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import ramdisk_functions
-from embeddings_data_models import InputType, ModelFile
+from embeddings_data_models import FileStamp, InputType, ModelFile
 from llama_embeddings.catalogue.default_model import MODEL_NAME as DEFAULT_MODEL_NAME
 from llama_embeddings.catalogue.default_model import get_default_model
 from llama_embeddings.catalogue.downloads import Downloads, DownloadStage, DownloadState
@@ -42,7 +42,7 @@ DOWNLOAD_RETRY_AFTER_SECONDS = 30.0
 # A replaced or deleted file is noticed after this time at the latest.
 SECONDS_BETWEEN_LOOKS = 1.0
 # No file's: what is remembered under it is looked at again.
-NO_STAMP = (-1, -1)
+NO_STAMP = FileStamp(-1, -1, -1, -1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class Catalogue:
         self._ramdisk = ramdisk
         self._summaries: dict[str, GgufSummary] = {}
         # When a file was last looked at, what distinguished it then, and what was found.
-        self._files: dict[str, tuple[float, tuple[int, int], ModelFile]] = {}
-        # Digests of the copies on the RAM disk.
-        self._copies: dict[str, str] = {}
+        self._files: dict[str, tuple[float, FileStamp, ModelFile]] = {}
+        # Digests of the copies on the RAM disk, and the copies' stamps before they were taken.
+        self._copies: dict[str, tuple[str, FileStamp]] = {}
 
     def names(self) -> list[str]:
         """Stems of the GGUF files that are there."""
@@ -90,10 +90,10 @@ class Catalogue:
 
     def created(self, name: str) -> int:
         """When a model's file was written, in seconds since 1970."""
-        stamp = _file_stamp(self._directory / f"{name}.gguf")
+        stamp = FileStamp.of(self._directory / f"{name}.gguf")
         if stamp is None:
             raise ModelNotFound(name, self.names())
-        return stamp[1] // 1_000_000_000
+        return stamp.modified_ns // 1_000_000_000
 
     def get_missing_default_model(self, name: str) -> None:
         """Make or fetch the model that every start needs, if it is not there. Blocks. Raises DownloadFailed."""
@@ -114,7 +114,7 @@ class Catalogue:
             return self._on_ramdisk(known[2])
         path = self._directory / f"{name}.gguf"
         # The name comes from a request: only one that a file in this very directory can have is looked for.
-        stamp = _file_stamp(path) if path.parent == self._directory and path.name == f"{name}.gguf" else None
+        stamp = FileStamp.of(path) if path.parent == self._directory and path.name == f"{name}.gguf" else None
         if stamp is None:
             if loaded is not None:
                 return loaded
@@ -192,29 +192,32 @@ class Catalogue:
             return ""
         return entry.query_prompt if input_type is InputType.QUERY else entry.document_prompt
 
-    def _examine(self, name: str, path: Path, stamp: tuple[int, int]) -> ModelFile:
+    def _examine(self, name: str, path: Path, stamp: FileStamp) -> ModelFile:
         self._summaries[name] = check_gguf(path)
         sidecar = path.with_name(path.name + ".measured.json")
-        file = ModelFile(name, path, _find_digest(path, stamp), stamp[0], sidecar, modified_ns=stamp[1])
+        file = ModelFile(name, path, _find_digest(path, stamp), stamp.size_in_bytes, sidecar, stamp)
         copy = self._find_copy(file)
-        if copy is not None:
-            self._copies[name] = _compute_digest(copy)
+        copied = FileStamp.of(copy) if copy is not None else None
+        if copy is not None and copied is not None and copied.size_in_bytes == stamp.size_in_bytes:
+            self._copies[name] = (_compute_digest(copy), copied)
         return file
 
     def _on_ramdisk(self, file: ModelFile) -> ModelFile:
-        """The same model, from memory if it was copied there; a file replaced since then is another model."""
-        if self._copies.get(file.name) != file.digest:
+        """The same model, from memory if it was copied there; a file or a copy replaced since then is another model."""
+        digest, stamp = self._copies.get(file.name, (None, None))
+        if digest != file.digest:
             return file
         copy = self._find_copy(file)
-        return ModelFile(file.name, copy, file.digest, file.size_in_bytes, file.sidecar) if copy is not None else file
+        if copy is None or FileStamp.of(copy) != stamp:
+            return file
+        return replace(file, path=copy, stamp=stamp)
 
     def _find_copy(self, file: ModelFile) -> Path | None:
-        """What lies on the RAM disk under the file's name and is as large."""
+        """What lies on the RAM disk under the file's name."""
         if self._ramdisk is None:
             return None
         try:
-            copy = ramdisk_functions.find_model_on_ramdisk(self._ramdisk.path, file.path.name)
-            return copy if copy is not None and copy.stat().st_size == file.size_in_bytes else None
+            return ramdisk_functions.find_model_on_ramdisk(self._ramdisk.path, file.path.name)
         except (ramdisk_functions.RamdiskError, OSError):
             return None
 
@@ -252,26 +255,20 @@ class Catalogue:
         return f"The RAM disk is cleared: {cleared.freed_bytes} bytes freed. Models are loaded from disk from now on."
 
 
-def _file_stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file, which change when it is replaced; None if there is no such file."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        return None
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
-
-
-def _find_digest(path: Path, stamp: tuple[int, int]) -> str:
+def _find_digest(path: Path, stamp: FileStamp) -> str:
     """SHA-256 of a file, kept beside it: reading a large model again at every start takes longer than loading it."""
     kept_at = path.with_name(path.name + ".sha256.json")
     try:
         kept = json.loads(kept_at.read_text())
-        if (kept["size_in_bytes"], kept["mtime_ns"]) == stamp:
+        # A file may be written twice within one tick of the file system's clock, and then has the same stamp: what was
+        # kept within that tick may be of the first writing. Both times are of the same clock.
+        is_certain = kept_at.stat().st_mtime_ns > stamp.changed_ns
+        if is_certain and kept["stamp"] == asdict(stamp):
             return str(kept["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or not ours
     digest = _compute_digest(path)
-    _keep_digest(kept_at, {"sha256": digest, "size_in_bytes": stamp[0], "mtime_ns": stamp[1]})
+    _keep_digest(kept_at, {"sha256": digest, "stamp": asdict(stamp)})
     return digest
 
 
@@ -280,7 +277,7 @@ def _compute_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _keep_digest(path: Path, content: dict[str, str | int]) -> None:
+def _keep_digest(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + f".{os.getpid()}.part")
     try:
         partial.write_text(json.dumps(content))

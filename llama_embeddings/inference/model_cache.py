@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from embeddings_data_models import ModelFile
+from embeddings_data_models import FileStamp, ModelFile
 from llama_embeddings.errors import ModelLoading
 from llama_embeddings.inference.backend import Backend, LoadedModel, ModelInfo, Pooling
 from llama_embeddings.inference.batcher import BatcherLimits
@@ -294,13 +294,12 @@ class ModelCache:
 
 def check_unchanged(file: ModelFile) -> None:
     """Raise ModelLoading if a file is no longer the one whose digest was taken: what was loaded may be another."""
-    if file.modified_ns is None:
+    if file.stamp is None:
         return
-    try:
-        status = file.path.stat()
-    except OSError:
-        raise ModelLoading(f"The file of the model {file.name!r} went away while it was loaded; try again.") from None
-    if (status.st_size, status.st_mtime_ns) != (file.size_in_bytes, file.modified_ns):
+    found = FileStamp.of(file.path)
+    if found is None:
+        raise ModelLoading(f"The file of the model {file.name!r} went away while it was loaded; try again.")
+    if found != file.stamp:
         raise ModelLoading(f"The model {file.name!r} is being replaced; try again in a moment.")
 
 

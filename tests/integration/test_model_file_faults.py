@@ -6,6 +6,7 @@ is ever taken for the other's.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import time
@@ -155,6 +156,23 @@ def test_replaced_file_has_a_recipe_of_its_own(
         assert embed(other) == after
         restarted.stop()
         assert sorted(n_dims for [n_dims] in read_recipes(restarted).values()) == [64, 384]
+
+
+def test_file_replaced_under_a_stopped_server_keeps_no_vector_of_the_older_one(
+    server: RunningServer, client: httpx.Client, model: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    """By one of the same size and time of modification, whose last weights are others."""
+    before = embed(client)
+    server.stop()
+    status = model.stat()
+    content = bytearray(model.read_bytes())
+    content[-200_000:] = bytes(byte ^ 1 for byte in content[-200_000:])
+    model.write_bytes(content)
+    os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with start_server(tmp_path, settings) as restarted, restarted.client() as other:
+        assert embed(other) != before
+        restarted.stop()
+        assert len(read_recipes(restarted)) == 2
 
 
 @pytest.mark.parametrize(("mode", "is_mapped"), [(0o644, False), (0o600, False), (0o400, True), (0o444, True)])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,55 @@ def test_age_of_a_file_that_is_gone_is_that_of_an_unknown_model(catalogue: Catal
 # The digest beside the model
 
 
-async def test_digest_kept_beside_the_file_is_believed_while_size_and_time_fit(tmp_path: Path) -> None:
+def replace_unnoticeably(path: Path, how: str) -> None:
+    """Another model under the same name, of the same size and time of modification."""
+    before = path.stat()
+    target = path if how == "in place" else path.with_suffix(".new")
+    write_tiny_model(target, seed=1)
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+    target.replace(path)
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("how", ["in place", "by renaming"])
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_file_replaced_by_one_of_the_same_size_and_time_is_another_model(
+    tmp_path: Path, how: str, is_running: bool
+) -> None:
+    """While the server runs, and while it does not: neither the digest in memory nor the one beside it is believed."""
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    catalogue = Catalogue(tmp_path, no_downloads(tmp_path))
+    old = await catalogue.find("tiny")
+    replace_unnoticeably(path, how)
+    new = await (catalogue if is_running else Catalogue(tmp_path, no_downloads(tmp_path))).find("tiny")
+    assert new.digest == compute_sha256(path) != old.digest
+    assert new.stamp != old.stamp
+
+
+async def test_files_kept_beside_another_model_are_not_believed(tmp_path: Path) -> None:
+    """Copied with it, or from it, times and all."""
+    write_tiny_model(tmp_path / "tiny.gguf")
+    await Catalogue(tmp_path, no_downloads(tmp_path)).find("tiny")
+    other = tmp_path / "other"
+    other.mkdir()
+    path = write_tiny_model(other / "tiny.gguf", seed=1)
+    os.utime(path, ns=(0, (tmp_path / "tiny.gguf").stat().st_mtime_ns))
+    shutil.copy2(tmp_path / "tiny.gguf.sha256.json", other)
+    assert (await Catalogue(other, no_downloads(other)).find("tiny")).digest == compute_sha256(path)
+
+
+async def test_digest_kept_within_the_tick_of_the_last_change_is_made_anew(tmp_path: Path) -> None:
+    """What was written after it, in that tick, has the same stamp."""
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    digest = (await Catalogue(tmp_path, no_downloads(tmp_path)).find("tiny")).digest
+    kept_at = tmp_path / "tiny.gguf.sha256.json"
+    kept_at.write_text(json.dumps(json.loads(kept_at.read_text()) | {"sha256": "f" * 64}))
+    os.utime(kept_at, ns=(0, path.stat().st_ctime_ns))
+    assert (await Catalogue(tmp_path, no_downloads(tmp_path)).find("tiny")).digest == digest
+
+
+async def test_digest_kept_beside_the_file_is_believed_while_its_stamp_fits(tmp_path: Path) -> None:
     """A large model is read once, not at every start."""
     path = write_tiny_model(tmp_path / "tiny.gguf")
     digest = (await Catalogue(tmp_path, no_downloads(tmp_path)).find("tiny")).digest

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from embeddings_data_models import ModelFile, Truncation
+from embeddings_data_models import FileStamp, ModelFile, Truncation
 from llama_embeddings.errors import InferenceFailed, ModelLoading, ModelUnusable, ShuttingDown
 from llama_embeddings.inference.backend import Pooling
 from llama_embeddings.inference.batcher import BatcherLimits
@@ -312,7 +312,7 @@ async def test_file_that_changes_while_it_is_loaded_is_not_taken_for_what_it_was
     """Its weights may be another file's than its digest, before or after the loading; the next request tries again."""
     path = tmp_path / "a.gguf"
     path.write_bytes(b"old")
-    file = ModelFile("a", path, "old", 3, tmp_path / "a.json", modified_ns=path.stat().st_mtime_ns)
+    file = ModelFile("a", path, "old", 3, tmp_path / "a.json", stamp=FileStamp.of(path))
     cache = open_cache()
     backend.load_gate.clear()
     loading = asyncio.create_task(touch(cache, file))
