@@ -29,9 +29,10 @@ from llama_embeddings.storage.store import EmbeddingStore
 from llama_embeddings.storage.writes import RemovedRow
 from llama_embeddings.vectors.compressed import Cancelled
 from llama_embeddings.vectors.id_arrays import NO_IDS, contains
-from llama_embeddings.vectors.index import NO_SCORES, Candidates, Key, Step, VectorIndex, VectorIndexes, rank
+from llama_embeddings.vectors.index import Key, Step, VectorIndex, VectorIndexes, rank
 from llama_embeddings.vectors.memory import release_memory
 from llama_embeddings.vectors.rebuilding import Rebuild
+from llama_embeddings.vectors.searching import NO_SCORES, FoundRows
 from llama_embeddings.vectors.snapshots import (
     Snapshot,
     UnusableSnapshot,
@@ -63,7 +64,6 @@ MAX_WAIT_SECONDS = 0.05
 POLL_SECONDS = 0.002
 
 Result = TypeVar("Result")
-FoundRows = tuple[np.ndarray, np.ndarray]
 
 
 class VectorSource(Protocol):
@@ -213,16 +213,11 @@ class IndexService:
             return NO_IDS, NO_SCORES
         if exact and index.is_compressed:
             return await self._scan(index, self._find_source(family), vector, count, allowed)
-        n_wanted = count
-        while True:
-            candidates = await asyncio.to_thread(index.search, vector, n_wanted, allowed=allowed)
-            if candidates.is_exact:
-                return candidates.row_ids[:count], candidates.scores[:count]
-            row_ids, vectors = await self._find_source(family).read_vectors(candidates.row_ids)
-            if len(row_ids) >= count or candidates.is_everything:
-                return rank(vector, row_ids, vectors, count)
-            # Rows were deleted and the index has not been told yet.
-            n_wanted *= 2
+        found = await asyncio.to_thread(index.search, vector, count, allowed=allowed)
+        source = self._find_source(family)
+        while len(found.wanted_ids):
+            await asyncio.to_thread(found.take, *await source.read_vectors(found.wanted_ids))
+        return found.best()
 
     async def find_candidates(
         self, model_name: str, family: str, queries: np.ndarray, count: int
@@ -235,7 +230,7 @@ class IndexService:
         index = self._indexes.get(model_name, family)
         if index is None:
             return []
-        return await asyncio.to_thread(lambda: [_take_best(index.search(query, count), count) for query in queries])
+        return await asyncio.to_thread(index.estimate, queries, count)
 
     async def _scan(
         self, index: VectorIndex, source: VectorSource, vector: np.ndarray, count: int, allowed: np.ndarray | None
@@ -479,11 +474,6 @@ async def _read_sample(wanted_ids: np.ndarray, n_dims: int, source: VectorSource
         if len(found_ids):
             row_ids[start:end], vectors[start:end] = found_ids, found_vectors
     return row_ids[:end], vectors[:end]
-
-
-def _take_best(candidates: Candidates, count: int) -> FoundRows:
-    best = np.argsort(-candidates.scores, kind="stable")[:count]
-    return candidates.row_ids[best], candidates.scores[best]
 
 
 def _split(row_ids: np.ndarray) -> list[np.ndarray]:

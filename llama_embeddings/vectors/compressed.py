@@ -3,16 +3,21 @@
 RaBitQ (Gao and Long, "RaBitQ: Quantizing High-Dimensional Vectors with a Theoretical Error Bound", 2024) keeps the sign
 of each dimension of a randomly rotated vector, and two numbers. Its scores are estimates: callers rank the best of
 them again by the vectors themselves, which are not held here. Adding and removing want the caller's lock.
+
+How far the rows of a list lie from its centre is kept beside the codes: it tells which lists may hold a row that is
+near a query. One row in sixteen is measured for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
 
-from llama_embeddings.vectors.id_arrays import contains
+from llama_embeddings.vectors.id_arrays import NO_IDS, contains
+from llama_embeddings.vectors.scatter import Scatter
 
 ROTATION_SEED = 20_240_521
 N_TRAINING_ROUNDS = 10
@@ -20,6 +25,10 @@ N_TRAINING_ROUNDS = 10
 TRAINING_ROWS_PER_LIST = 16
 MAX_LISTS = 1024
 ROWS_PER_ROTATION = 1024
+# Measuring a row takes as long as adding it.
+MEASURE_EVERY = 16
+# The lists' sizes are counted anew when this share of all rows has come or gone.
+UNCOUNTED_SHARE = 0.01
 # A bit for each id up to the highest is quick to make and to ask; beyond this many, a hash set of the allowed ids.
 MAX_BITMAP_IDS = 2**28
 
@@ -49,12 +58,35 @@ def choose_n_lists(n_rows: int) -> int:
     return min(MAX_LISTS, 2 ** max(0, round(np.log2(2 * np.sqrt(max(n_rows, 1))))))
 
 
+@dataclass(frozen=True, slots=True)
+class ListScores:
+    """What a query, float32 (1, n_dims) as it came, can know of each list before it looks into it.
+
+    `query` is rotated as the codes are. `centres` are the inner products with the lists' centres, `sizes` how many rows
+    each list holds, `deviations` the standard deviations of their inner products around the centre's if rows scatter
+    alike in all directions: float32 and int64 (n_lists,).
+    """
+
+    query: np.ndarray
+    centres: np.ndarray
+    sizes: np.ndarray
+    deviations: np.ndarray
+
+
 class CompressedRows:
     """Codes of vectors under their row ids. Made by `train` or `from_bytes`."""
 
-    def __init__(self, index: faiss.Index) -> None:
+    def __init__(self, index: faiss.Index, scatter: Scatter) -> None:
         self._index = index
-        self._lists = faiss.extract_index_ivf(index)
+        self._lists = faiss.downcast_index(index.index)
+        self._rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        self._quantizer = faiss.downcast_index(self._lists.quantizer)
+        rotated = faiss.rev_swig_ptr(self._quantizer.get_xb(), self.n_lists * self.n_dims)
+        # As the vectors come: not rotated.
+        self._centres = self._rotation.reverse_transform(rotated.reshape(self.n_lists, self.n_dims))
+        self._squares = np.einsum("ij,ij->i", self._centres, self._centres)
+        self._scatter = scatter
+        self._sizes = self._count()
 
     @property
     def n_dims(self) -> int:
@@ -63,6 +95,11 @@ class CompressedRows:
     @property
     def n_lists(self) -> int:
         return int(self._lists.nlist)
+
+    @property
+    def scatter(self) -> Scatter:
+        """How far the rows lie from the centres of their lists."""
+        return self._scatter
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -89,11 +126,21 @@ class CompressedRows:
         for part in (rotation, quantizer, lists):
             part.this.disown()
         lists.own_fields = index.own_fields = True
-        return cls(index)
+        return cls(index, Scatter.of_nothing(n_lists))
 
     def add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
         """Add int64 (n,) ids with float32 (n, n_dims) vectors."""
-        self._index.add_with_ids(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(row_ids, np.int64))
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        self._index.add_with_ids(vectors, np.ascontiguousarray(row_ids, np.int64))
+        self._measure(vectors[::MEASURE_EVERY])
+
+    def _measure(self, vectors: np.ndarray) -> None:
+        """Note how far rows lie from the centres of their lists, which a rotation does not change."""
+        scores = vectors @ self._centres.T
+        places = scores.argmax(axis=1)
+        norms = np.einsum("ij,ij->i", vectors, vectors)
+        distances = norms - 2.0 * scores[np.arange(len(places)), places] + self._squares[places]
+        self._scatter.measure(places, distances)
 
     def remove(self, row_ids: np.ndarray) -> int:
         """Remove ids; returns how many were there. Goes through all ids: 10 ms for a million."""
@@ -101,30 +148,69 @@ class CompressedRows:
             return 0
         return int(self._lists.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(row_ids, np.int64))))
 
-    def search(
-        self, queries: np.ndarray, count: int, n_probes: int, allowed: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` best for each of float32 (q, n_dims), in `n_probes` lists: ids int64 and estimates, (q, count).
-
-        Where there are fewer, -1 takes the places at the end. `allowed`: sorted ids that alone may be found.
-        """
+    def score_lists(self, query: np.ndarray) -> ListScores:
+        """What is known of each list before it is looked into; the query is float32 (1, n_dims)."""
         use_threads(1)
-        parameters = faiss.SearchParametersIVF(nprobe=min(n_probes, self.n_lists))
+        if abs(len(self) - self._sizes.sum()) > UNCOUNTED_SHARE * len(self):
+            self._sizes = self._count()
+        rotated = self._rotation.apply_py(np.ascontiguousarray(query, np.float32))
+        scores, places = self._quantizer.search(rotated, self.n_lists)
+        centres = np.empty(self.n_lists, np.float32)
+        centres[places[0]] = scores[0]
+        return ListScores(rotated, centres, self._sizes, self._scatter.deviations(self.n_dims))
+
+    def search(
+        self, scores: ListScores, lists: np.ndarray, count: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` best rows of some lists, int64 (n,): ids int64 (m,) and estimates float32 (m,), best first.
+
+        m is below `count` only if no more are there. `allowed`: sorted ids that alone may be found.
+        """
+        if len(lists) == 0 or count <= 0:
+            return NO_IDS, np.empty(0, np.float32)
+        use_threads(1)
+        parameters = faiss.SearchParametersIVF(nprobe=len(lists))
         if allowed is not None:
             selector = _make_selector(allowed)
             parameters.sel = selector
-        estimates, row_ids = self._index.search(queries, count, params=parameters)
-        return row_ids, estimates
+        places = np.ascontiguousarray(lists, np.int64)
+        centres = np.ascontiguousarray(scores.centres[lists], np.float32)
+        row_ids, estimates = np.empty(count, np.int64), np.empty(count, np.float32)
+        pointers = [faiss.swig_ptr(array) for array in (places, centres, estimates, row_ids)]
+        # The Python layer's own `search_preassigned` takes no parameters.
+        self._lists.search_preassigned_c(1, faiss.swig_ptr(scores.query), count, *pointers, False, parameters)
+        found = row_ids >= 0
+        return row_ids[found], estimates[found]
+
+    def find_lists(self, sorted_ids: np.ndarray) -> np.ndarray:
+        """Which list each of some sorted ids is in: int64 (n,), -1 where it is in none. Goes through all ids."""
+        places = np.full(len(sorted_ids), -1, np.int64)
+        for number in range(self.n_lists):
+            row_ids = self._read_ids(number)
+            held = row_ids[contains(sorted_ids, row_ids)]
+            places[np.searchsorted(sorted_ids, held)] = number
+        return places
+
+    def _read_ids(self, number: int) -> np.ndarray:
+        n_rows = self._lists.invlists.list_size(number)
+        if n_rows == 0:
+            return NO_IDS
+        row_ids: np.ndarray = faiss.rev_swig_ptr(self._lists.invlists.get_ids(number), n_rows)
+        return row_ids
+
+    def _count(self) -> np.ndarray:
+        return np.array([self._lists.invlists.list_size(number) for number in range(self.n_lists)], np.int64)
 
     def to_bytes(self) -> np.ndarray:
         """All of it as uint8 (n,)."""
         data: np.ndarray = faiss.serialize_index(self._index)
-        return data
+        return np.concatenate((self._scatter.to_bytes(), data))
 
     @classmethod
     def from_bytes(cls, data: np.ndarray) -> CompressedRows:
         """What `to_bytes` gave. Damaged bytes may end the process: callers check them first."""
-        return cls(faiss.deserialize_index(data))
+        scatter, rest = Scatter.from_bytes(data)
+        return cls(faiss.deserialize_index(rest), scatter)
 
 
 def _find_centres(sample: np.ndarray, n_lists: int, check: Callable[[], None]) -> np.ndarray:

@@ -1,25 +1,35 @@
 """Nearest neighbours by inner product over unit vectors, one index for each family of comparable vectors.
 
-Small, an index is exact: it holds the vectors. Grown, it holds codes of them and answers with candidates, which the
-caller ranks by the vectors in the database. New rows are found at once either way: they are held as vectors until they
+Small, an index is exact: it holds the vectors. Grown, it holds codes of them, and a search asks its caller for the
+vectors of the rows that it has to compare. New rows are found at once either way: they are held as vectors until they
 are merged. Knows no texts and no SQL and starts no threads; what it returns are row ids.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
-from llama_embeddings.vectors.calibration import Tuning
-from llama_embeddings.vectors.compressed import CompressedRows, keep_allowed, scan
+from llama_embeddings.vectors.compressed import CompressedRows, ListScores, keep_allowed, scan
 from llama_embeddings.vectors.flat import FlatRows, Rows
 from llama_embeddings.vectors.id_arrays import NO_IDS, contains, is_ascending, merge
 from llama_embeddings.vectors.locks import SharedLock
 from llama_embeddings.vectors.rebuilding import Rebuild, go_on
+from llama_embeddings.vectors.searching import (
+    NO_SCORES,
+    CodedRows,
+    FewRows,
+    FoundRows,
+    Search,
+    Source,
+    Tuning,
+    choose_first_lists,
+)
 
 # Rows up to which the vectors are held and the search is exact: see docs/decisions/0007.
 FLAT_LIMIT = 16_384
@@ -32,7 +42,19 @@ GROWTH_BEFORE_REBUILD = 4
 MIN_UNSAVED_ROWS = 10_000
 UNSAVED_SHARE = 0.05
 
-NO_SCORES = np.empty(0, np.float32)
+# Where no more rows may be found than this, all of them are compared.
+FEW_ROWS = 512
+# Estimates alone look into twice as many lists at once, as nothing tells them to go on.
+SHARE_FOR_ESTIMATES = 0.5
+# The lists are made anew when so many of the rows came after that, and lie so much farther from the centres (squared).
+DRIFTED_SHARE = 0.2
+MAX_DRIFT = 1.25
+# Or when so few are left.
+SHRINKAGE_BEFORE_REBUILD = 4
+# Of each search, to see at the next making whether such queries find what is near them.
+N_RECENT_QUERIES = 64
+
+NOTHING: FoundRows = (NO_IDS, NO_SCORES)
 
 
 class Step(Enum):
@@ -44,20 +66,6 @@ class Step(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
-    """Row ids int64 (n,), best first, with float32 scores.
-
-    Not `is_exact`: the scores are estimates, or nan, and more rows than were asked for are here to be ranked by their
-    vectors. `is_everything`: no other row could be found, however many were asked for.
-    """
-
-    row_ids: np.ndarray
-    scores: np.ndarray
-    is_exact: bool
-    is_everything: bool
-
-
-@dataclass(frozen=True, slots=True)
 class FrozenIndex:
     """What of an index is worth keeping: the codes as bytes, their sorted row ids, and how to search them."""
 
@@ -66,9 +74,6 @@ class FrozenIndex:
     tuning: Tuning
     n_trained: int
     n_unsaved: int = 0
-
-
-NOTHING = Candidates(NO_IDS, NO_SCORES, is_exact=True, is_everything=True)
 
 
 class VectorIndex:
@@ -90,6 +95,7 @@ class VectorIndex:
         self._n_trained = 0
         self._n_unsaved = 0
         self._rebuild: Rebuild | None = None
+        self._recent_queries: deque[np.ndarray] = deque(maxlen=N_RECENT_QUERIES)
 
     @classmethod
     def thaw(cls, frozen: FrozenIndex, *, flat_limit: int = FLAT_LIMIT, merge_at: int = MERGE_AT) -> VectorIndex:
@@ -160,44 +166,64 @@ class VectorIndex:
 
     # --- searching ---
 
-    def search(self, vector: np.ndarray, count: int, *, allowed: np.ndarray | None = None) -> Candidates:
-        """The `count` nearest to float32 (n_dims,), or candidates for them; see Candidates.
+    def search(self, vector: np.ndarray, count: int, *, allowed: np.ndarray | None = None) -> Search:
+        """Begin to look for the `count` nearest to float32 (n_dims,); see Search. Takes some milliseconds.
 
         `allowed`: sorted ids, each once, that alone may be found.
         """
-        if count <= 0 or (allowed is not None and len(allowed) == 0):
-            return NOTHING
         query = np.ascontiguousarray(vector, np.float32).reshape(1, self.n_dims)
-        # What moves from the new rows to the codes in between must not be missed: so both are looked at as one.
-        with self._codes_lock.shared():
-            with self._lock:
-                fresh = self._fresh.views()
-            coded = self._search_codes(query, count, allowed) if self._codes is not None else None
-        new = _search_flat(query, fresh, count, allowed)
-        return new if coded is None else _join(coded, new)
+        if count <= 0 or (allowed is not None and len(allowed) == 0):
+            return Search(query, 0, NOTHING)
+        # At one moment, so that a row which moves from the new ones to the codes is in one of them at least.
+        with self._lock:
+            fresh, coded = self._fresh.views(), (self._codes, self._coded_ids, self._tuning)
+        known = _search_flat(query, fresh, count, allowed)
+        return Search(query, count, known, self._open(*coded, query, count, allowed))
 
-    def _search_codes(self, query: np.ndarray, count: int, allowed: np.ndarray | None) -> Candidates:
-        assert self._codes is not None
-        assert self._tuning is not None
-        n_held = len(self._coded_ids)
-        share = 1.0 if allowed is None else min(1.0, len(allowed) / max(1, n_held))
-        n_wanted = self._tuning.candidates_for(count, share)
-        if allowed is not None and len(allowed) <= 4 * n_wanted:
-            allowed = allowed[contains(self._coded_ids, allowed)]
-            if len(allowed) <= n_wanted:
-                return Candidates(allowed, np.full(len(allowed), np.nan, np.float32), False, True)
-        n_probes = min(self._codes.n_lists, self._tuning.probes_for(count, share))
-        while True:
-            n_asked = min(n_wanted, n_held)
-            if n_asked == 0:
-                return NOTHING
-            [row_ids], [scores] = self._codes.search(query, n_asked, n_probes, allowed)
-            found = row_ids >= 0
-            is_short = not found.all()
-            if not is_short or n_probes >= self._codes.n_lists:
-                is_everything = is_short or n_asked == n_held
-                return Candidates(row_ids[found], scores[found], False, is_everything)
-            n_probes = self._codes.n_lists
+    def _open(
+        self,
+        codes: CompressedRows | None,
+        coded_ids: np.ndarray,
+        tuning: Tuning | None,
+        query: np.ndarray,
+        count: int,
+        allowed: np.ndarray | None,
+    ) -> Source | None:
+        if codes is None or tuning is None:
+            return None
+        if allowed is not None and len(allowed) <= 4 * FEW_ROWS:
+            allowed = allowed[contains(coded_ids, allowed)]
+            if len(allowed) <= FEW_ROWS:
+                return FewRows(allowed)
+        if allowed is None:
+            self._recent_queries.append(query[0])
+        share = 1.0 if allowed is None else min(1.0, len(allowed) / max(1, len(coded_ids)))
+
+        def find(scores: ListScores, lists: np.ndarray, n_wanted: int) -> FoundRows:
+            with self._codes_lock.shared():
+                return codes.search(scores, lists, n_wanted, allowed)
+
+        with self._codes_lock.shared():
+            scores = codes.score_lists(query)
+        return CodedRows(scores, find, count, tuning, share_allowed=share)
+
+    def estimate(self, queries: np.ndarray, count: int) -> list[FoundRows]:
+        """For each of float32 (n, n_dims), about `count` rows that are near it, with scores; best first.
+
+        The scores are estimates where there are codes: for callers that go on to something exact of their own.
+        """
+        return [self._estimate(np.ascontiguousarray(query[None], np.float32), count) for query in queries]
+
+    def _estimate(self, query: np.ndarray, count: int) -> FoundRows:
+        with self._lock:
+            fresh, codes = self._fresh.views(), self._codes
+        found = _search_flat(query, fresh, count, None)
+        if codes is None:
+            return found
+        with self._codes_lock.shared():
+            scores = codes.score_lists(query)
+            lists = choose_first_lists(scores, SHARE_FOR_ESTIMATES)
+            return _best_of([found, codes.search(scores, lists, count)], count)
 
     # --- upkeep: one caller at a time ---
 
@@ -207,12 +233,21 @@ class VectorIndex:
             n_fresh, n_coded = len(self._fresh), len(self._coded_ids)
             if self._codes is None:
                 return Step.REBUILD if n_fresh >= self._flat_limit else None
-            if n_fresh + n_coded >= GROWTH_BEFORE_REBUILD * max(self._n_trained, self._flat_limit):
+            if self._wants_other_lists(n_fresh + n_coded):
                 return Step.REBUILD
             if n_fresh >= self._merge_at:
                 return Step.MERGE
             is_worth_saving = self._n_unsaved >= max(MIN_UNSAVED_ROWS, UNSAVED_SHARE * n_coded)
             return Step.SAVE if is_worth_saving else None
+
+    def _wants_other_lists(self, n_rows: int) -> bool:
+        assert self._codes is not None
+        if n_rows >= GROWTH_BEFORE_REBUILD * max(self._n_trained, self._flat_limit):
+            return True
+        if self._n_trained > self._flat_limit and 0 < n_rows * SHRINKAGE_BEFORE_REBUILD < self._n_trained:
+            return True
+        scatter = self._codes.scatter
+        return scatter.share_of_new >= DRIFTED_SHARE and scatter.drift >= MAX_DRIFT
 
     @property
     def has_many_new(self) -> bool:
@@ -241,7 +276,7 @@ class VectorIndex:
         """Start to make codes for all rows held, or for these sorted ids; see Rebuild. Ends by `adopt` or `abandon`."""
         with self._lock:
             held = merge(self._coded_ids, self._fresh.row_ids()) if row_ids is None else row_ids
-            self._rebuild = Rebuild(held, n_threads=n_threads, give_way=give_way)
+            self._rebuild = Rebuild(held, list(self._recent_queries), n_threads=n_threads, give_way=give_way)
             return self._rebuild
 
     def adopt(self, rebuild: Rebuild) -> np.ndarray:
@@ -292,38 +327,17 @@ def rank(vector: np.ndarray, row_ids: np.ndarray, vectors: np.ndarray, count: in
     return row_ids[places[0]], scores[0]
 
 
-def _search_flat(query: np.ndarray, views: list[Rows], count: int, allowed: np.ndarray | None) -> Candidates:
-    found = []
-    n_allowed = 0
-    for view in views:
-        row_ids, vectors = keep_allowed(*view, allowed)
-        n_allowed += len(row_ids)
-        found.append(rank(query[0], row_ids, vectors, count))
-    if len(found) == 1:
-        [(row_ids, scores)] = found
-    else:
-        row_ids, scores = _best_of(found, count)
-    return Candidates(row_ids, scores, is_exact=True, is_everything=n_allowed <= count)
+def _search_flat(query: np.ndarray, views: list[Rows], count: int, allowed: np.ndarray | None) -> FoundRows:
+    return _best_of([rank(query[0], *keep_allowed(*view, allowed), count) for view in views], count)
 
 
-def _best_of(found: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    if not found:
-        return NO_IDS, NO_SCORES
+def _best_of(found: list[FoundRows], count: int) -> FoundRows:
+    if len(found) < 2:
+        return found[0] if found else NOTHING
     row_ids = np.concatenate([row_ids for row_ids, _ in found])
     scores = np.concatenate([scores for _, scores in found])
     best = np.argsort(-scores, kind="stable")[:count]
     return row_ids[best], scores[best]
-
-
-def _join(coded: Candidates, new: Candidates) -> Candidates:
-    if len(coded.row_ids) == 0:
-        return Candidates(new.row_ids, new.scores, True, coded.is_everything and new.is_everything)
-    return Candidates(
-        np.concatenate((coded.row_ids, new.row_ids)),
-        np.concatenate((coded.scores, new.scores)),
-        is_exact=False,
-        is_everything=coded.is_everything and new.is_everything,
-    )
 
 
 Key = tuple[str, str]
@@ -366,13 +380,6 @@ class VectorIndexes:
         """See VectorIndex.remove."""
         index = self.get(model_name, family)
         return index.remove(row_ids) if index is not None else 0
-
-    def search(
-        self, model_name: str, family: str, vector: np.ndarray, count: int, *, allowed: np.ndarray | None = None
-    ) -> Candidates:
-        """See VectorIndex.search; nothing is found where nothing was added."""
-        index = self.get(model_name, family)
-        return index.search(vector, count, allowed=allowed) if index is not None else NOTHING
 
     def items(self) -> list[tuple[Key, VectorIndex]]:
         """All indexes by their key, as of now."""

@@ -7,11 +7,11 @@ bring those of the ids it asks for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llama_embeddings.vectors.calibration import N_QUERIES, Truth, Tuning, tune
+from llama_embeddings.vectors.calibration import Truth, make_queries, tune
 from llama_embeddings.vectors.compressed import (
     TRAINING_ROWS_PER_LIST,
     Cancelled,
@@ -20,6 +20,7 @@ from llama_embeddings.vectors.compressed import (
     use_threads,
 )
 from llama_embeddings.vectors.id_arrays import NO_IDS, contains
+from llama_embeddings.vectors.searching import Tuning
 
 SAMPLING_SEED = 7
 # A few milliseconds' work.
@@ -36,8 +37,16 @@ class Rebuild:
     `give_way` is called every few milliseconds, on the thread of the step, and may take its time.
     """
 
-    def __init__(self, row_ids: np.ndarray, *, n_threads: int = 1, give_way: Callable[[], None] = go_on) -> None:
+    def __init__(
+        self,
+        row_ids: np.ndarray,
+        recent_queries: Sequence[np.ndarray] = (),
+        *,
+        n_threads: int = 1,
+        give_way: Callable[[], None] = go_on,
+    ) -> None:
         self.row_ids = row_ids
+        self._recent_queries = recent_queries
         self._added_parts = [NO_IDS]
         self.rows: CompressedRows | None = None
         self.tuning: Tuning | None = None
@@ -80,8 +89,7 @@ class Rebuild:
         if len(row_ids) == 0:
             raise Cancelled
         use_threads(self._n_threads)
-        chosen = np.random.default_rng(SAMPLING_SEED).permutation(len(row_ids))[:N_QUERIES]
-        self._truth = Truth(row_ids[chosen], vectors[chosen])
+        self._truth = Truth(*make_queries(row_ids, vectors, self._recent_queries, SAMPLING_SEED))
         self.rows = CompressedRows.train(vectors, min(self._n_lists, len(row_ids)), self.check)
 
     def add(self, row_ids: np.ndarray, vectors: np.ndarray) -> None:
@@ -104,6 +112,7 @@ class Rebuild:
         """Find how to search it; what is added later is not taken into account."""
         assert self.rows is not None
         assert self._truth is not None
+        self.rows.scatter.end_training()
         self.tuning = tune(self.rows, self._truth, self.check)
         self._truth = None
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_embeddings.vectors.calibration import Tuning
 from llama_embeddings.vectors.index import FrozenIndex, Key
+from llama_embeddings.vectors.searching import Tuning
 
-FORMAT = b"LLEMIX01"
+FORMAT = b"LLEMIX02"
 DIGEST_BYTES = 32
 SUFFIX = ".index"
 PARTIAL_SUFFIX = ".partial"
