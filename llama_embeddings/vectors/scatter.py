@@ -58,7 +58,8 @@ class Scatter:
         """Standard deviation along one direction of n_dims, for each list: float32 (n_lists,)."""
         mean = self.sums.sum() / max(1.0, float(self.counts.sum()))
         squares = (self.sums + N_ROWS_OF_OTHERS * mean) / (self.counts + N_ROWS_OF_OTHERS)
-        return np.sqrt(squares / n_dims).astype(np.float32)
+        # Rounding may leave less than nothing of rows that lie on their centres.
+        return np.sqrt(np.maximum(squares, 0.0) / n_dims).astype(np.float32)
 
     def to_bytes(self) -> np.ndarray:
         """All of it as uint8 (n,), its length first."""
