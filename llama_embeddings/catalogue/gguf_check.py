@@ -63,6 +63,10 @@ ASSUMED_TOKEN_IDS: Mapping[str, Mapping[str, int]] = {
     "t5": {"eos": 1, "unknown": 2},
 }
 TOKENIZERS_WITH_BYTES = frozenset({"llama", "t5"})
+# In these the engine spells a letter that is no token by its bytes, and ends the process over one without a token.
+TOKENIZERS_THAT_NEED_BYTES = frozenset({"llama"})
+# All that UTF-8 is made of, but the space: the engine writes another letter for it.
+BYTES_OF_TEXT = bytes({*range(0xC0), *range(0xC2, 0xF5)} - {0x20})
 # Architectures whose positions are a table or a slope, not a rotation of the heads.
 ARCHITECTURES_WITHOUT_ROTATION = frozenset({"bert", "jina-bert-v2"})
 # Architectures in which the engine rotates whole heads, or takes their width from the dimensions, whatever is stated.
@@ -572,6 +576,8 @@ def check_tokenizer(metadata: Metadata, reader: BoundedReader) -> None:
     if tokenizer == "gpt2" and get_array(metadata, "tokenizer.ggml.merges", STRING) is None:
         raise Fault("its tokenizer 'gpt2' needs the list of merges, which is missing")
     check_byte_tokens(metadata, reader, tokenizer, tokens)
+    if tokenizer in TOKENIZERS_THAT_NEED_BYTES:
+        check_every_byte_is_a_token(reader, tokens)
     check_token_ids(metadata, tokenizer, tokens.n_elements)
 
 
@@ -593,6 +599,17 @@ def check_byte_tokens(metadata: Metadata, reader: BoundedReader, tokenizer: str,
             tokenizer not in TOKENIZERS_WITH_BYTES or not re.fullmatch(rb"<0x[0-9A-Fa-f]{2}>", token)
         ):
             raise Fault(f"its tokenizer {tokenizer!r} has a token marked as a byte that cannot be one")
+
+
+def check_every_byte_is_a_token(reader: BoundedReader, tokens: ArrayValue) -> None:
+    """The engine looks for `<0xC3>`, in capitals and of any type, and then for a token that is the byte itself."""
+    known = {token.partition(b"\0")[0] for token in list_strings(reader, tokens)}
+    missing = [byte for byte in BYTES_OF_TEXT if known.isdisjoint((f"<0x{byte:02X}>".encode(), bytes([byte])))]
+    if missing:
+        raise Fault(
+            f"its tokenizer spells unknown letters by their bytes, but {len(missing)} bytes have no token, "
+            f"'<0x{missing[0]:02X}>' among them"
+        )
 
 
 def get_array(metadata: Metadata, key: str, element_type: int) -> ArrayValue | None:

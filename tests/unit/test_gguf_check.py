@@ -9,7 +9,7 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ import pytest
 
 from llama_embeddings.catalogue.gguf_check import check_gguf
 from llama_embeddings.errors import ModelUnusable
-from tests.tiny_models import ARCHITECTURES, ENCODERS, POOLINGS, RANKING_ARCHITECTURES, write_tiny_model
+from tests.tiny_models import (
+    ARCHITECTURES,
+    ENCODERS,
+    POOLINGS,
+    RANKING_ARCHITECTURES,
+    describe_sentence_pieces,
+    write_tiny_model,
+)
 
 PROJECT_ROOT = Path(__file__).parent.parent.parent
 COMBINATIONS = [
@@ -28,6 +35,18 @@ COMBINATIONS = [
     for pooling in POOLINGS
     if pooling != "rank" or architecture in RANKING_ARCHITECTURES
 ]
+
+LISTS_OF_TOKENS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+TOKENISE_EVERY_CHARACTER = """
+import sys
+from pathlib import Path
+from llama_embeddings.inference.llama_backend import LlamaBackend
+
+model = LlamaBackend().load(Path(sys.argv[1]), name="tiny", digest="0", max_window=512, pooling=None)
+characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+for start in range(0, len(characters), 4096):
+    model.tokenize("".join(characters[start : start + 4096]))
+"""
 
 
 def embed_in_child_process(paths: Sequence[Path]) -> list[list[float] | None]:
@@ -432,6 +451,49 @@ def test_tokenizer_that_contradicts_itself_is_refused(
         write_tiny_model(path, architecture, metadata=changes)
     with pytest.raises(ModelUnusable, match=named):
         check_gguf(path)
+
+
+def write_without_bytes(path: Path, missing: Collection[int], architecture: str = "llama") -> Path:
+    """A sentence-piece vocabulary in which some bytes have no token."""
+    vocabulary = describe_sentence_pieces()
+    dropped = {f"<0x{byte:02X}>" for byte in missing}
+    kept = [index for index, token in enumerate(vocabulary["tokenizer.ggml.tokens"]) if token not in dropped]
+    lists = {key: [vocabulary[key][index] for index in kept] for key in LISTS_OF_TOKENS}
+    return write_tiny_model(path, architecture, metadata=lists)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma-embedding"])
+@pytest.mark.parametrize("missing", [range(256), range(0x80, 256), range(0, 256, 2), [0xC3], [0x00], [0xF4]])
+def test_sentence_pieces_without_a_byte_of_text_are_refused(
+    path: Path, architecture: str, missing: Collection[int]
+) -> None:
+    """The engine ends the process over the first letter outside the vocabulary that has the byte."""
+    with pytest.raises(ModelUnusable, match=r"no token, '<0x[0-9A-F]{2}>' among them"):
+        check_gguf(write_without_bytes(path, missing, architecture))
+
+
+def test_bytes_that_no_text_holds_need_no_token(path: Path) -> None:
+    """The space is another letter in this tokenizer, and UTF-8 has no use for thirteen bytes."""
+    check_gguf(write_without_bytes(path, [0x20, 0xC0, 0xC1, *range(0xF5, 256)]))
+    assert all_characters_are_tokenised(path)
+
+
+def all_characters_are_tokenised(path: Path) -> bool:
+    """Whether a process lives that makes tokens of every character there is."""
+    outcome = subprocess.run(
+        [sys.executable, "-c", TOKENISE_EVERY_CHARACTER, path],
+        cwd=PROJECT_ROOT,
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+    return outcome.returncode == 0
+
+
+@pytest.mark.parametrize("missing", [range(256), [0xC3]])
+def test_sentence_pieces_without_a_byte_end_the_engine(path: Path, missing: Collection[int]) -> None:
+    """If this no longer holds, the refusal is not needed any more."""
+    assert not all_characters_are_tokenised(write_without_bytes(path, missing))
 
 
 def write_without_vocabulary(path: Path) -> None:
