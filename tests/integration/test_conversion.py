@@ -38,9 +38,10 @@ TEXTS = {entry["name"]: entry["text"] for entry in json.loads((GOLDEN_DIRECTORY 
 SHA256_OF_THE_DEFAULT_MODEL = "a8a950a8ae975bf1676edc77317049eaf623b3ba1a7ba97145756106bd621c84"
 WINDOW = 512
 # What the median and the worst of the 20 texts may lose. The engine rounds the activations of a product with a Q8_0 or
-# Q4_0 matrix to 8 bits as well; a text of nothing but punctuation suffers most (Q8_0 measured: 0.99903).
+# Q4_0 matrix to 8 bits as well; a text of nothing but punctuation suffers most (Q8_0 measured: 0.99903,
+# and 0.99897 on a processor without AVX-512, whose kernels round otherwise).
 LOWEST_MEDIANS = {"F32": 0.9999, "F16": 0.9999, "BF16": 0.9999, "Q8_0": 0.9997, "Q4_0": 0.95}
-LOWEST_COSINES = {"F32": 0.9999, "F16": 0.9999, "BF16": 0.999, "Q8_0": 0.999, "Q4_0": 0.85}
+LOWEST_COSINES = {"F32": 0.9999, "F16": 0.9999, "BF16": 0.999, "Q8_0": 0.9985, "Q4_0": 0.85}
 FloatArray = npt.NDArray[np.float32]
 
 

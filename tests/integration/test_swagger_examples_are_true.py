@@ -42,7 +42,7 @@ def check_sentences(client: httpx.Client) -> None:
 
 
 def test_examples_are_what_the_default_model_answers(tmp_path: Path) -> None:
-    """To the digits shown; processors may differ in the fourth."""
+    """To the digits shown; processors may differ in the fourth, those of one token in the second."""
     with start_server(tmp_path) as server, server.client() as client:
         texts = {"text1": "I feel extremely chilly", "text2": "I am so cold"}
         similarity = client.post("/compute_similarity_between_strings/", json=texts).json()
@@ -55,7 +55,8 @@ def test_examples_are_what_the_default_model_answers(tmp_path: Path) -> None:
         shown = next(
             row for row in tokens["token_level_embedding_bundle"] if row["token"] == example(TokenEmbedding, "token")
         )
-        assert shown["embedding"][:3] == pytest.approx(example(TokenEmbedding, "embedding"), abs=1e-2)
+        # Not of unit length, and of one token: without AVX-512 they differ by up to 0.018.
+        assert shown["embedding"][:3] == pytest.approx(example(TokenEmbedding, "embedding"), abs=3e-2)
         assert tokens["combined_feature_vector"][:4] == pytest.approx(
             example(TokenLevelEmbeddingsResponse, "combined_feature_vector"), abs=1e-2
         )
